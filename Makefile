@@ -1,0 +1,29 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test up check bench format
+setup: $(STAMP)  ## create .venv with everything, ready to run
+
+$(STAMP): requirements.lock pyproject.toml
+	@PYTHON="$(PYTHON)" bash .ci/setup $(VENV)
+
+demo: setup  ## set up everything and run the main job end to end
+	@$(BIN)/python -m app.demo
+
+test: setup  ## set up everything and run the whole test suite
+	@bash .ci/test $(BIN)
+
+up: setup  ## run the whole stack on http://127.0.0.1:8000 until interrupted
+	@$(BIN)/retain up
+
+check: setup  ## format, lint, types, import contracts, migration drift
+	@bash .ci/check $(BIN)
+
+bench: setup  ## side-by-side speed ratios; see tests/benchmarks/RESULTS.md
+	@$(BIN)/pip install -q --no-deps -r tests/benchmarks/requirements.lock
+	@$(BIN)/python -m tests.benchmarks
+
+format: setup
+	@$(BIN)/ruff check --fix-only --quiet app workers tests migrations; $(BIN)/ruff format app workers tests migrations

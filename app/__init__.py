@@ -1,0 +1,1 @@
+"""Retain: fine-tunes language models without letting them forget. API, engine and control loops."""

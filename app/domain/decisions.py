@@ -1,0 +1,132 @@
+"""What the sensor says and what the controller does, as values that are stored and replayed."""
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.domain.frozen import Frozen
+
+
+class Verdict(StrEnum):
+    """Of the relative drop of the weighted general mean, and of every limit together."""
+
+    REGRESS = "regress"
+    PASS = "pass"  # noqa: S105 - a verdict, no secret
+    INCONCLUSIVE = "inconclusive"
+    NO_DATA = "no_data"
+    AT_FLOOR = "at_floor"
+
+
+class Action(StrEnum):
+    """What the controller did."""
+
+    KEEP = "keep"
+    RAISE_STRENGTH = "raise_strength"
+    LOWER_STRENGTH = "lower_strength"
+    LOWER_LEARNING_RATE = "lower_learning_rate"
+    REPAIR = "repair"
+    ROLL_BACK = "roll_back"
+    STOP = "stop"
+
+
+class BenchmarkReading(Frozen):
+    """One benchmark of one look, paired with the baseline on the same items.
+
+    For accuracies `drop` is relative; for `nll` it is the rise in nats per token. Bounds are one-sided:
+    `lower` at the alpha this hypothesis was given by Holm's procedure, `upper` at 95 %.
+    """
+
+    name: str
+    benchmark_version_id: str
+    scorer: str
+    weight: float
+    n_items: int
+    paired: bool = True
+    baseline: float | None
+    value: float | None
+    drop: float | None
+    lower: float | None
+    upper: float | None
+    limit: float | None  # None: only the mean is limited
+    p_regress: float | None  # of H0 drop <= limit
+    verdict: Verdict
+
+
+class Reading(Frozen):
+    """One look of the sensor: the mean, its interval and every benchmark."""
+
+    look: int  # k, counts distinct evaluation points of the job over all branches, from 1
+    alpha: float
+    drop: float | None
+    stderr: float | None
+    lower: float | None  # one-sided, at the alpha Holm gave the mean
+    upper: float | None  # one-sided 95 %
+    limit: float
+    p_regress: float | None
+    verdict: Verdict
+    severe: bool  # some lower bound is above twice its limit
+    not_finite: bool = False
+    benchmarks: tuple[BenchmarkReading, ...] = ()
+
+
+class LeverState(Frozen):
+    """One strategy the controller may turn."""
+
+    strategy: str
+    asked: float  # the strength the job asked for; lower_strength never goes below
+    default: float  # where an armed one is activated, and what caps count from then
+    cap: float
+    armed: bool = False
+
+
+class ControllerState(Frozen):
+    """The coefficients in force, and what the ladder has used up; follows from the decision history."""
+
+    strengths: dict[str, float]
+    learning_rate_scale: float = 1.0
+    branch: int = 0
+    rollbacks: int = 0
+    raises_in_a_row: int = 0
+    drop_before_raises: float | None = None
+    learning_rate_lowered: bool = False
+    could_not_hold: bool = False
+    best_valid_loss: float | None = None
+    evals_without_improvement: int = 0
+    evals: int = 0
+
+
+class CheckpointFact(Frozen):
+    """A checkpoint as decide() sees it; not superseded, evaluated ones and step 0 alone."""
+
+    checkpoint_id: str
+    branch: int
+    step: int
+    status: Literal["good", "unproven", "bad"]
+    valid_loss: float | None
+
+
+class Look(Frozen):
+    """The evidence of one evaluation point."""
+
+    branch: int
+    step: int
+    is_last: bool
+    reading: Reading
+    valid_loss: float | None
+    train_loss_finite: bool = True
+    repair_possible: bool = True
+    checkpoints: tuple[CheckpointFact, ...] = ()
+
+
+class Decision(Frozen):
+    """What to do, why, and the coefficients to run with from here."""
+
+    action: Action
+    reason: str  # one sentence with the numbers
+    code: str  # stable word: `within_limit`, `drop_confirmed`, `could_not_hold`, `early_stopping`, ...
+    state: ControllerState
+    target_checkpoint_id: str | None = None  # of roll_back
+    lever: str | None = None
+    alternatives: tuple[str, ...] = ()
+    details: dict[str, Any] = Field(default_factory=dict)

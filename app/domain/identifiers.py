@@ -1,0 +1,44 @@
+"""Public ids: a prefix that names the kind, then the row's uuid as 32 hex digits."""
+
+from typing import Final
+from uuid import UUID
+
+from app.errors import NotFound
+
+PREFIXES: Final = {
+    "project": "proj_",
+    "file": "file-",
+    "job": "ftjob-",
+    "event": "ftevent-",
+    "checkpoint": "ftckpt_",
+    "benchmark": "bench_",
+    "benchmark_version": "benchv_",
+    "evaluation": "eval_",
+    "decision": "rdec_",
+    "webhook_endpoint": "we_",
+    "webhook_event": "evt_",
+    "webhook_delivery": "whd_",
+    "export": "export-",
+    "api_key": "key_",
+}
+
+
+def public_id(kind: str, key: UUID) -> str:
+    """The id that clients see for a row of this kind."""
+    return PREFIXES[kind] + key.hex
+
+
+def parse_id(kind: str, text: str, *, param: str | None = None) -> UUID:
+    """The row's uuid for an id that a client sent.
+
+    Raises:
+        NotFound: The text is not an id of this kind, so no such row can exist.
+    """
+    prefix = PREFIXES[kind]
+    body = text.removeprefix(prefix)
+    if body == text or len(body) != 32:
+        raise NotFound(f"No {kind.replace('_', ' ')} has the id '{text[:80]}'.", param)
+    try:
+        return UUID(hex=body)
+    except ValueError:
+        raise NotFound(f"No {kind.replace('_', ' ')} has the id '{text[:80]}'.", param) from None

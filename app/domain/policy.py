@@ -1,0 +1,62 @@
+"""The retention policy: what is watched, how large a drop is tolerated, how to react."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from app.domain.frozen import Frozen
+from app.domain.strategies import StrategyConfig
+
+
+class WatchedBenchmark(Frozen):
+    """A benchmark a job watches; names a version as `name` (latest) or `name@3`."""
+
+    name: str = Field(min_length=1, max_length=128)
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    max_drop: float | None = Field(default=None, gt=0, lt=1)  # own relative limit, Holm-corrected
+
+
+class EarlyStopping(Frozen):
+    """Stops when validation cross-entropy has not improved for `patience` evaluations."""
+
+    enabled: bool = True
+    patience: int = Field(default=5, ge=1, le=1000)
+    min_delta: float = Field(default=0.0, ge=0)
+    warmup_evals: int = Field(default=1, ge=0)
+
+
+class Ladder(Frozen):
+    """What the controller tries on a regression, in this order."""
+
+    repair: bool = True
+    raise_factor: float = Field(default=2.0, gt=1, le=1000)
+    max_raises: int = Field(default=2, ge=0, le=100)  # in a row, one evaluation apart
+    learning_rate_factor: float = Field(default=0.5, gt=0, le=1)  # once, when raises did not shrink the drop
+    rollback_strength_factor: float = Field(default=4.0, ge=1, le=1000)
+    rollback_learning_rate_factor: float = Field(default=0.5, gt=0, le=1)
+    max_rollbacks: int = Field(default=5, ge=0, le=100)
+    strength_cap_factor: float = Field(default=1000.0, ge=1)
+
+
+class Policy(Frozen):
+    """How a job's general ability is guarded."""
+
+    benchmarks: tuple[WatchedBenchmark, ...] | None = Field(default=None, max_length=64)
+    max_drop: float = Field(default=0.03, gt=0, lt=1)  # relative drop of the weighted general mean
+    max_nll_increase: float = Field(default=0.05, gt=0)  # nats per token, each NLL benchmark
+    eval_interval: Literal["epoch"] | int | None = None  # steps; None: the evaluation budget chooses
+    gate_items: int | None = Field(default=None, ge=10, le=1_000_000)  # a benchmark; None: 1,000, or what the budget chooses
+    eval_budget: float = Field(default=0.1, gt=0, le=10)  # evaluation time as a share of training time
+    controller: Literal["deadband"] = "deadband"
+    lever: str | None = None  # type of the strategy that is turned; None: by rank
+    ladder: Ladder = Ladder()
+    early_stopping: EarlyStopping = EarlyStopping()
+    on_inconclusive: Literal["publish", "refuse"] = "publish"
+
+
+class Retention(Frozen):
+    """The `retention` object of a job."""
+
+    strategies: tuple[StrategyConfig, ...] | Literal["auto"] = "auto"
+    policy: Policy = Policy()
+    general_data: str | None = None  # id of a file of training rows; None: the base model's own

@@ -1,0 +1,96 @@
+"""RunPlan: everything a trainer needs, in one JSON file; stored with the job, so a run is reproducible."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from app.domain.benchmarks import BenchmarkKind, Scorer
+from app.domain.decisions import ControllerState
+from app.domain.frozen import Frozen
+from app.domain.messages import Carry, DecisionReply, Order
+from app.domain.policy import Policy
+from app.domain.spec import ResolvedTraining
+from app.domain.strategies import StrategyConfig
+
+
+class BasePlan(Frozen):
+    """The model the job starts from, on local disk; `sha256` covers all its files."""
+
+    name: str
+    directory: str
+    sha256: str
+    default_template: bool  # the base has no chat template: the built-in plain one is used
+
+
+class RowsPlan(Frozen):
+    """A file of training rows on local disk."""
+
+    path: str
+    sha256: str
+
+
+class BenchmarkPlan(Frozen):
+    """A benchmark version on local disk, with the baseline where one is cached."""
+
+    benchmark_version_id: str
+    name: str
+    kind: BenchmarkKind
+    scorer: Scorer
+    weight: float
+    max_drop: float | None
+    path: str
+    sha256: str
+    baseline_scores: str | None = None  # packed, NaN where not scored
+    baseline_tokens: str | None = None
+
+
+class ResumePoint(Frozen):
+    """Where an attempt takes up the run."""
+
+    checkpoint_directory: str
+    branch: int
+    step: int
+    decision: DecisionReply | None = None  # already recorded for this (branch, step): not evaluated again
+    carry: Carry | None = None  # after a rollback: cursors and RNGs to run on with
+    state: ControllerState | None = None  # after a rollback: coefficients to run on with
+    orders: tuple[Order, ...] = ()  # outside orders of this branch, with the step at which each took effect
+
+
+class RunPlan(Frozen):
+    """One fine-tuning attempt."""
+
+    kind: Literal["fine_tuning"] = "fine_tuning"
+    job_id: str
+    attempt: int
+    branch: int
+    base: BasePlan
+    training_rows: RowsPlan
+    validation_rows: RowsPlan | None
+    general_rows: RowsPlan | None
+    training: ResolvedTraining
+    strategies: tuple[StrategyConfig, ...]
+    policy: Policy | None
+    benchmarks: tuple[BenchmarkPlan, ...] = ()
+    eval_interval: int | None = None  # steps; None until the evaluation budget has chosen
+    gate_items: int | None = None
+    num_processes: int = 1
+    threads: int = 1
+    scratch_directory: str
+    cache_directory: str
+    resume: ResumePoint | None = None
+
+
+class ExportPlan(Frozen):
+    """One point of the line from base to tuned, written as a model version's artifact."""
+
+    kind: Literal["export"] = "export"
+    job_id: str
+    attempt: int
+    base: BasePlan
+    checkpoint_directory: str
+    training: ResolvedTraining
+    alpha: float = Field(ge=0, le=1)
+    benchmarks: tuple[BenchmarkPlan, ...] = ()
+    threads: int = 1
+    scratch_directory: str
+    cache_directory: str

@@ -1,0 +1,118 @@
+"""The body of a job request as OpenAI defines it with Retain's siblings, and the spec it becomes."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from app.domain.frozen import Frozen
+from app.domain.policy import Policy, Retention
+from app.domain.strategies import StrategyConfig
+
+Auto = Literal["auto"]
+
+
+class Hyperparameters(Frozen):
+    """OpenAI's three; `auto` is resolved at submit."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1e4)] = "auto"
+
+
+class Supervised(Frozen):
+    """`method.supervised`."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Frozen):
+    """`method`; this server trains by supervised fine-tuning."""
+
+    type: Literal["supervised"] = "supervised"
+    supervised: Supervised = Supervised()
+
+
+class LoraConfig(Frozen):
+    """Low-rank adapters on the linear layers."""
+
+    r: int = Field(default=8, ge=1, le=1024)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class Training(Frozen):
+    """The `training` object: what the OpenAI body has no words for."""
+
+    type: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    learning_rate: float | None = Field(default=None, gt=0, le=10)  # None: 2e-4 LoRA, 2e-5 full
+    max_seq_length: int | None = Field(default=None, ge=8, le=1_048_576)  # None: the model's context, at most 2,048
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_tokens_per_micro_batch: int = Field(default=8192, ge=16)  # padded tokens of one forward
+    gradient_checkpointing: bool = False
+    checkpoint_interval: int | None = Field(default=None, ge=1)  # steps; None: every evaluation
+
+
+class Resources(Frozen):
+    """The `resources` object."""
+
+    num_gpus: int = Field(default=1, ge=0, le=64)  # counts CPU slots where a node has no GPU
+    num_processes: int | None = Field(default=None, ge=1, le=64)  # ranks; None: one a GPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class CreateJob(Frozen):
+    """`POST /v1/fine_tuning/jobs`."""
+
+    model: str = Field(min_length=1, max_length=512)
+    training_file: str = Field(min_length=1, max_length=64)
+    validation_file: str | None = Field(default=None, max_length=64)
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None  # deprecated by OpenAI, still accepted
+    suffix: str | None = Field(default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        default=None, max_length=16
+    )
+    integrations: tuple[()] | None = None
+    retention: Retention | None = Retention()  # null turns retention off
+    training: Training = Training()
+    resources: Resources = Resources()
+    priority: int = Field(default=0, ge=-100, le=100)
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ResolvedTraining(Frozen):
+    """Every number of a run, `auto` and defaults resolved at submit; `total_steps` are accepted steps."""
+
+    type: Literal["lora", "full"]
+    lora: LoraConfig
+    n_epochs: int
+    batch_size: int
+    total_steps: int
+    learning_rate: float
+    max_seq_length: int
+    warmup_ratio: float
+    lr_scheduler: Literal["constant", "linear", "cosine"]
+    weight_decay: float
+    max_grad_norm: float
+    max_tokens_per_micro_batch: int
+    gradient_checkpointing: bool
+    checkpoint_interval: int | None
+    precision: Literal["auto", "fp32", "bf16"]
+    seed: int
+
+
+class JobSpec(Frozen):
+    """A validated job, stored with it and never changed."""
+
+    request: CreateJob
+    training: ResolvedTraining
+    strategies: tuple[StrategyConfig, ...]  # empty: plain training
+    strategies_why: str | None  # what `auto` chose and why
+    policy: Policy | None  # None: retention off, or no suite to watch

@@ -1,0 +1,1 @@
+"""What runs beside a GPU: the worker that claims and supervises, and the trainer it starts."""

@@ -1,0 +1,1 @@
+"""Mitigation strategies: a pure torch library."""

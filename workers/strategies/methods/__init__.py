@@ -1,0 +1,1 @@
+"""One file per method; methods never import each other."""
