@@ -28,7 +28,9 @@ class RetainError(Exception):
 
     code: str = "retain_error"
 
-    def __init__(self, message: str = "", param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str = "", param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message, param, code)
         self.message = message
         self.param = param

@@ -26,8 +26,12 @@ class BenchmarkKind(StrEnum):
 class Scorer(StrEnum):
     """How an item is scored; higher is better but for `nll`."""
 
-    MULTIPLE_CHOICE = "multiple_choice"  # 1 when the right choice has the highest log-likelihood, else 0
-    EXACT_MATCH = "exact_match"  # 1 when the generated answer equals an accepted one after normalisation
+    MULTIPLE_CHOICE = (
+        "multiple_choice"  # 1 when the right choice has the highest log-likelihood, else 0
+    )
+    EXACT_MATCH = (
+        "exact_match"  # 1 when the generated answer equals an accepted one after normalisation
+    )
     NLL = "nll"  # nats summed over the text's tokens; travels with its token count
 
 
@@ -43,7 +47,9 @@ class MultipleChoiceItem(Frozen):
     @model_validator(mode="after")
     def _answer_is_a_choice(self) -> "MultipleChoiceItem":
         if self.answer >= len(self.choices):
-            raise ValueError(f"answer: {self.answer} is not the index of one of the {len(self.choices)} choices")
+            raise ValueError(
+                f"answer: {self.answer} is not the index of one of the {len(self.choices)} choices"
+            )
         return self
 
 
@@ -83,7 +89,9 @@ ItemSet = Literal["gate", "report", "all"]
 DEFAULT_GATE_ITEMS = 1000
 
 
-def split_items(item_ids: Sequence[str], gate_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_items(
+    item_ids: Sequence[str], gate_items: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of the gate items, which steer, and of the report items, which give the final verdict.
 
     An item's half depends on its id alone, so the halves stay disjoint whatever `gate_items` is; within

@@ -33,7 +33,9 @@ class StepMetrics(Frozen):
     learning_rate: float
     tokens: int
     seconds: float
-    values: dict[str, float | None] = Field(default_factory=dict)  # `strategy/<type>/...`, `grad_norm`
+    values: dict[str, float | None] = Field(
+        default_factory=dict
+    )  # `strategy/<type>/...`, `grad_norm`
 
 
 class Progress(Frozen):

@@ -31,7 +31,9 @@ class Ladder(Frozen):
     repair: bool = True
     raise_factor: float = Field(default=2.0, gt=1, le=1000)
     max_raises: int = Field(default=2, ge=0, le=100)  # in a row, one evaluation apart
-    learning_rate_factor: float = Field(default=0.5, gt=0, le=1)  # once, when raises did not shrink the drop
+    learning_rate_factor: float = Field(
+        default=0.5, gt=0, le=1
+    )  # once, when raises did not shrink the drop
     rollback_strength_factor: float = Field(default=4.0, ge=1, le=1000)
     rollback_learning_rate_factor: float = Field(default=0.5, gt=0, le=1)
     max_rollbacks: int = Field(default=5, ge=0, le=100)
@@ -44,9 +46,15 @@ class Policy(Frozen):
     benchmarks: tuple[WatchedBenchmark, ...] | None = Field(default=None, max_length=64)
     max_drop: float = Field(default=0.03, gt=0, lt=1)  # relative drop of the weighted general mean
     max_nll_increase: float = Field(default=0.05, gt=0)  # nats per token, each NLL benchmark
-    eval_interval: Literal["epoch"] | int | None = None  # steps; None: the evaluation budget chooses
-    gate_items: int | None = Field(default=None, ge=10, le=1_000_000)  # a benchmark; None: 1,000, or what the budget chooses
-    eval_budget: float = Field(default=0.1, gt=0, le=10)  # evaluation time as a share of training time
+    eval_interval: Literal["epoch"] | int | None = (
+        None  # steps; None: the evaluation budget chooses
+    )
+    gate_items: int | None = Field(
+        default=None, ge=10, le=1_000_000
+    )  # a benchmark; None: 1,000, or what the budget chooses
+    eval_budget: float = Field(
+        default=0.1, gt=0, le=10
+    )  # evaluation time as a share of training time
     controller: Literal["deadband"] = "deadband"
     lever: str | None = None  # type of the strategy that is turned; None: by rank
     ladder: Ladder = Ladder()

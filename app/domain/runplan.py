@@ -50,10 +50,14 @@ class ResumePoint(Frozen):
     checkpoint_directory: str
     branch: int
     step: int
-    decision: DecisionReply | None = None  # already recorded for this (branch, step): not evaluated again
+    decision: DecisionReply | None = (
+        None  # already recorded for this (branch, step): not evaluated again
+    )
     carry: Carry | None = None  # after a rollback: cursors and RNGs to run on with
     state: ControllerState | None = None  # after a rollback: coefficients to run on with
-    orders: tuple[Order, ...] = ()  # outside orders of this branch, with the step at which each took effect
+    orders: tuple[
+        Order, ...
+    ] = ()  # outside orders of this branch, with the step at which each took effect
 
 
 class RunPlan(Frozen):

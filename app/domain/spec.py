@@ -47,7 +47,9 @@ class Training(Frozen):
     type: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
     learning_rate: float | None = Field(default=None, gt=0, le=10)  # None: 2e-4 LoRA, 2e-5 full
-    max_seq_length: int | None = Field(default=None, ge=8, le=1_048_576)  # None: the model's context, at most 2,048
+    max_seq_length: int | None = Field(
+        default=None, ge=8, le=1_048_576
+    )  # None: the model's context, at most 2,048
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -73,11 +75,13 @@ class CreateJob(Frozen):
     validation_file: str | None = Field(default=None, max_length=64)
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None  # deprecated by OpenAI, still accepted
-    suffix: str | None = Field(default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
-        default=None, max_length=16
+    suffix: str | None = Field(
+        default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$"
     )
+    seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
+    metadata: (
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
+    ) = Field(default=None, max_length=16)
     integrations: tuple[()] | None = None
     retention: Retention | None = Retention()  # null turns retention off
     training: Training = Training()

@@ -16,7 +16,9 @@ class JobKind(StrEnum):
 class JobState(StrEnum):
     """Where a job stands; `running` and `pausing` are the leased states."""
 
-    VALIDATING_FILES = "validating_files"  # its file is still being checked; the reconciler moves it on
+    VALIDATING_FILES = (
+        "validating_files"  # its file is still being checked; the reconciler moves it on
+    )
     QUEUED = "queued"  # waiting for a worker; the reconciler rings lost doorbells again
     RUNNING = "running"  # a worker holds the lease and renews it
     PAUSING = "pausing"  # leased; the trainer was told to save and stop
@@ -36,20 +38,30 @@ class JobState(StrEnum):
         return self in LEASED
 
 
-TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType({
-    JobState.VALIDATING_FILES: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset(
-        {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSING, JobState.QUEUED}
-    ),
-    JobState.PAUSING: frozenset(
-        {JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
-    ),
-    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLED}),
-    JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
-})
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
+    {
+        JobState.VALIDATING_FILES: frozenset(
+            {JobState.QUEUED, JobState.FAILED, JobState.CANCELLED}
+        ),
+        JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
+        JobState.RUNNING: frozenset(
+            {
+                JobState.SUCCEEDED,
+                JobState.FAILED,
+                JobState.CANCELLED,
+                JobState.PAUSING,
+                JobState.QUEUED,
+            }
+        ),
+        JobState.PAUSING: frozenset(
+            {JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+        ),
+        JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLED}),
+        JobState.SUCCEEDED: frozenset(),
+        JobState.FAILED: frozenset(),
+        JobState.CANCELLED: frozenset(),
+    }
+)
 LEASED = frozenset({JobState.RUNNING, JobState.PAUSING})
 
 

@@ -23,7 +23,9 @@ class StrategyBase(Frozen):
     @model_validator(mode="after")
     def _armed_has_no_strength(self) -> "StrategyBase":
         if self.armed and self.strength:
-            raise ValueError("strength: leave it out or 0 when armed is true; activation uses the default")
+            raise ValueError(
+                "strength: leave it out or 0 when armed is true; activation uses the default"
+            )
         return self
 
 
@@ -83,12 +85,14 @@ class Card(NamedTuple):
     needs_general_data: bool
 
 
-CARDS: Mapping[str, Card] = MappingProxyType({
-    "ewc": Card(100.0, 0.1, None, 0, needs_general_data=True),
-    "l2sp": Card(0.3, 0.1, None, 1, needs_general_data=False),
-    "replay": Card(0.1, 0.1, 0.5, 2, needs_general_data=True),
-    "distillation": Card(1.0, 1.0, None, 3, needs_general_data=True),
-})
+CARDS: Mapping[str, Card] = MappingProxyType(
+    {
+        "ewc": Card(100.0, 0.1, None, 0, needs_general_data=True),
+        "l2sp": Card(0.3, 0.1, None, 1, needs_general_data=False),
+        "replay": Card(0.1, 0.1, 0.5, 2, needs_general_data=True),
+        "distillation": Card(1.0, 1.0, None, 3, needs_general_data=True),
+    }
+)
 
 
 def default_strength(strategy: str, *, lora: bool) -> float:

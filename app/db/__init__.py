@@ -1,0 +1,1 @@
+"""Postgres: models, named queries and the one place that commits."""

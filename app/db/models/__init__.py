@@ -1,0 +1,33 @@
+"""Tables, grouped by aggregate; importing this package registers them all."""
+
+from app.db.models.catalog import BaseModel, Benchmark, BenchmarkVersion, SuiteEntry
+from app.db.models.delivery import IdempotencyKey, OutboxMessage, Worker
+from app.db.models.files import File
+from app.db.models.history import Checkpoint, DecisionRow, Evaluation
+from app.db.models.jobs import Job, JobEvent, JobOrder
+from app.db.models.projects import ApiKey, Project
+from app.db.models.registry import ModelVersion
+from app.db.models.webhooks import WebhookDelivery, WebhookEndpoint, WebhookEvent
+
+__all__ = [
+    "ApiKey",
+    "BaseModel",
+    "Benchmark",
+    "BenchmarkVersion",
+    "Checkpoint",
+    "DecisionRow",
+    "Evaluation",
+    "File",
+    "IdempotencyKey",
+    "Job",
+    "JobEvent",
+    "JobOrder",
+    "ModelVersion",
+    "OutboxMessage",
+    "Project",
+    "SuiteEntry",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "WebhookEvent",
+    "Worker",
+]
