@@ -51,6 +51,8 @@ class BenchmarkReading(Frozen):
     limit: float | None  # None: only the mean is limited
     p_regress: float | None  # of H0 drop <= limit
     verdict: Verdict
+    stderr: float | None = None
+    mcnemar_p: float | None = None  # exact, two-sided; reported, never a gate
 
 
 class Reading(Frozen):
@@ -88,8 +90,10 @@ class ControllerState(Frozen):
     branch: int = 0
     rollbacks: int = 0
     raises_in_a_row: int = 0
-    drop_before_raises: float | None = None
-    learning_rate_lowered: bool = False
+    excess_before_raise: float | None = None  # worst estimate as a multiple of its limit, at the latest raise
+    repaired: bool = False  # since the last pass or rollback
+    learning_rate_lowered: bool = False  # once in a job, by the rung after useless raises
+    cool_down: int = 0  # evaluations to go before a strength may be lowered
     could_not_hold: bool = False
     best_valid_loss: float | None = None
     evals_without_improvement: int = 0

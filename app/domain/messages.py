@@ -111,6 +111,7 @@ class Evaluated(Frozen):
     train_loss: float | None
     seconds: float
     carry: Carry
+    losses_finite: bool = True  # False: the training or validation loss is NaN or infinite
 
 
 class Repaired(Frozen):
