@@ -12,67 +12,9 @@ from app.domain.decisions import (
     Reading,
     Verdict,
 )
+from app.domain.levers import turn_up, with_strength
 from app.domain.policy import Policy
-from app.domain.strategies import CARDS, StrategyConfig, default_strength, strength_in_force
 from app.domain.wording import describe_reading, number_text
-from app.errors import BadRequest
-
-
-def initial_state(strategies: Sequence[StrategyConfig], *, lora: bool) -> ControllerState:
-    """The coefficients at which a run starts."""
-    return ControllerState(
-        strengths={config.type: strength_in_force(config, lora=lora) for config in strategies}
-    )
-
-
-def build_levers(
-    strategies: Sequence[StrategyConfig], policy: Policy, *, lora: bool
-) -> tuple[LeverState, ...]:
-    """The strengths that may be turned, in the order in which they are taken.
-
-    `policy.lever` comes first, the others by their cards' rank. A strategy that the job set to strength 0
-    without arming it is off and no lever. Caps count from the strength asked for, of an armed one from its
-    default; a card's cap never lies below what was asked.
-    """
-    levers = []
-    for config in sorted(
-        strategies, key=lambda c: (c.type != policy.lever, CARDS[c.type].lever_rank)
-    ):
-        asked = strength_in_force(config, lora=lora)
-        if asked == 0 and not config.armed:
-            continue
-        default = default_strength(config.type, lora=lora)
-        initial = default if config.armed else asked
-        card_cap = CARDS[config.type].cap
-        cap = (
-            policy.ladder.strength_cap_factor * initial
-            if card_cap is None
-            else max(card_cap, initial)
-        )
-        levers.append(
-            LeverState(
-                strategy=config.type, asked=asked, default=default, cap=cap, armed=config.armed
-            )
-        )
-    return tuple(levers)
-
-
-def check_lever(strategies: Sequence[StrategyConfig], policy: Policy) -> None:
-    """Refuses a lever that the job can't turn; for submit.
-
-    Raises:
-        BadRequest: `policy.lever` names no strategy of the job, or one switched off by strength 0.
-    """
-    if policy.lever is None:
-        return
-    for config in strategies:
-        if config.type == policy.lever and (config.armed or config.strength != 0):
-            return
-    raise BadRequest(
-        f"lever: '{policy.lever}' is not a strategy of this job with a strength above 0, nor an armed one.",
-        "retention.policy.lever",
-        "unknown_lever",
-    )
 
 
 def decide(
@@ -106,9 +48,6 @@ def decide(
     if reading.verdict is Verdict.REGRESS:
         return _climb(policy, levers, state, look)
     return _settle(policy, levers, state, look)
-
-
-# ---- no regression --------------------------------------------------------------------------------
 
 
 def _settle(
@@ -182,16 +121,13 @@ def _lower(
                     f"{lever.strategy} strength {number_text(strength)} -> {number_text(lowered)}."
                 ),
                 code="room_to_lower",
-                state=_with_strength(state, lever.strategy, lowered).model_copy(
+                state=with_strength(state, lever.strategy, lowered).model_copy(
                     update={"cool_down": policy.ladder.cool_down_evals}
                 ),
                 lever=lever.strategy,
                 alternatives=("keep",),
             )
     return None
-
-
-# ---- the ladder -----------------------------------------------------------------------------------
 
 
 def _climb(
@@ -269,7 +205,7 @@ def _raise(
             }
         ),
     )
-    turned = _turn_up(levers, state, policy.ladder.raise_factor)
+    turned = turn_up(levers, state, policy.ladder.raise_factor)
     if turned is None:
         scale = state.learning_rate_scale * policy.ladder.learning_rate_factor
         reason = f"{what} No strength can be raised: learning rate x{number_text(policy.ladder.learning_rate_factor)}."
@@ -285,7 +221,7 @@ def _raise(
         action=Action.RAISE_STRENGTH,
         reason=f"{what} {how}.",
         code="drop_confirmed",
-        state=_with_strength(counted, lever.strategy, strength),
+        state=with_strength(counted, lever.strategy, strength),
         lever=lever.strategy,
         alternatives=(*passed_over, "roll_back"),
     )
@@ -333,11 +269,11 @@ def _roll_back(
             "best_valid_loss": min(kept, default=None),
         }
     )
-    turned = _turn_up(levers, state, ladder.rollback_strength_factor)
+    turned = turn_up(levers, state, ladder.rollback_strength_factor)
     how = "no strength can be raised"
     if turned is not None:
         lever, strength, how = turned
-        state = _with_strength(state, lever.strategy, strength)
+        state = with_strength(state, lever.strategy, strength)
     return Decision(
         action=Action.ROLL_BACK,
         reason=(
@@ -362,33 +298,6 @@ def _target(look: Look) -> CheckpointFact | None:
         if matching:
             return max(matching, key=lambda c: (c.step, c.branch))
     return next((c for c in before if c.step == 0), None)
-
-
-def _turn_up(
-    levers: Sequence[LeverState], state: ControllerState, factor: float
-) -> tuple[LeverState, float, str] | None:
-    """The first lever below its cap, its new strength and a clause saying so; an armed one is activated."""
-    for lever in levers:
-        strength = state.strengths[lever.strategy]
-        if lever.armed and strength == 0:
-            return (
-                lever,
-                lever.default,
-                f"{lever.strategy} activated at {number_text(lever.default)}",
-            )
-        raised = min(strength * factor, lever.cap)
-        if raised > strength:
-            capped = " (its cap)" if raised == lever.cap else ""
-            return (
-                lever,
-                raised,
-                f"{lever.strategy} strength {number_text(strength)} -> {number_text(raised)}{capped}",
-            )
-    return None
-
-
-def _with_strength(state: ControllerState, strategy: str, strength: float) -> ControllerState:
-    return state.model_copy(update={"strengths": {**state.strengths, strategy: strength}})
 
 
 def _changed(policy: Policy, state: ControllerState) -> ControllerState:

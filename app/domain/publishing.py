@@ -50,7 +50,7 @@ def needs_shrinking(report: Reading | None) -> bool:
 
 
 def judge_publication(
-    policy: Policy | None, report: Reading | None, *, alpha: float
+    policy: Policy | None, report: Reading | None, *, alpha: float, is_off: bool = False
 ) -> Publication:
     """What the one test on the report set allows.
 
