@@ -177,7 +177,7 @@ def _measure(benchmark: SensedBenchmark) -> _Measured:
     baseline = benchmark.baseline[usable]
     if benchmark.scorer is Scorer.NLL:
         return _measure_nll(benchmark, usable)
-    if baseline.size and not is_above_chance(baseline, benchmark.chance):
+    if baseline.size >= MIN_ITEMS and not is_above_chance(baseline, benchmark.chance):
         return _Measured(
             benchmark, n_items=int(baseline.size), baseline=_mean_of(baseline), is_at_floor=True
         )
