@@ -19,7 +19,13 @@ from app.domain.decisions import (
 )
 from app.domain.levers import build_levers, check_lever, initial_state
 from app.domain.policy import EarlyStopping, Ladder, Policy
-from app.domain.strategies import DistillationConfig, EwcConfig, L2SpConfig, ReplayConfig
+from app.domain.strategies import (
+    DistillationConfig,
+    EwcConfig,
+    L2SpConfig,
+    ReplayConfig,
+    StrategyConfig,
+)
 from app.errors import BadRequest
 
 EWC = LeverState(strategy="ewc", asked=1.0, default=100.0, cap=1000.0)
@@ -390,7 +396,7 @@ def test_a_rollback_recomputes_the_best_over_what_stays_valid() -> None:
 
 
 def test_levers_are_ordered_by_policy_then_rank() -> None:
-    strategies = [
+    strategies: list[StrategyConfig] = [
         DistillationConfig(),
         ReplayConfig(strength=0.2),
         EwcConfig(armed=True),
@@ -404,7 +410,8 @@ def test_levers_are_ordered_by_policy_then_rank() -> None:
     chosen = build_levers(strategies, Policy(lever="replay"), lora=False)
     assert [lever.strategy for lever in chosen] == ["replay", "ewc", "distillation"]
     lora = build_levers([EwcConfig()], Policy(), lora=True)
-    assert (lora[0].asked, lora[0].cap) == (0.1, pytest.approx(100.0))
+    assert lora[0].asked == 0.1
+    assert lora[0].cap == pytest.approx(100.0)
     assert build_levers([ReplayConfig(strength=0.8)], Policy(), lora=False)[0].cap == 0.8
 
 

@@ -1,5 +1,7 @@
 """Verdicts over benchmarks, the report test and the rule of the searches."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,11 @@ from app.domain.sensing import SensedBenchmark, Summary, holds, read_report, rea
 from app.domain.statistics import PairedGroup, alpha_spent, lower_bound, paired_drop, upper_bound
 
 POLICY = Policy()
+
+
+def sense(policy, benchmarks, *, look) -> Any:
+    """A reading whose numbers are compared without asking each time whether they are there."""
+    return read_sensor(policy, benchmarks, look=look)
 
 
 def scores(n_correct: int, n: int) -> np.ndarray:
@@ -54,8 +61,9 @@ def nll(name="text", *, rise=0.0, n=200, noise=0.02, **rest):
 
 
 def test_identical_models_pass_and_are_never_called_damaged() -> None:
+    reading = sense(POLICY, [accuracy(), nll()], look=1)
     for look in (1, 2, 50):
-        reading = read_sensor(POLICY, [accuracy(), nll()], look=look)
+        reading = sense(POLICY, [accuracy(), nll()], look=look)
         assert reading.verdict is Verdict.PASS
         assert not reading.severe
         assert reading.drop == 0
@@ -63,7 +71,7 @@ def test_identical_models_pass_and_are_never_called_damaged() -> None:
 
 
 def test_a_five_point_drop_at_2000_items_is_called_at_the_first_look() -> None:
-    reading = read_sensor(POLICY, [accuracy(lost=150, won=50)], look=1)
+    reading = sense(POLICY, [accuracy(lost=150, won=50)], look=1)
     assert reading.verdict is Verdict.REGRESS
     assert reading.drop == pytest.approx(100 / 1200)
     assert reading.lower > 0.03
@@ -73,14 +81,14 @@ def test_a_five_point_drop_at_2000_items_is_called_at_the_first_look() -> None:
 
 @pytest.mark.parametrize(("lost", "won"), [(60, 24), (50, 10), (70, 10)])
 def test_noise_at_the_threshold_is_inconclusive(lost, won) -> None:
-    reading = read_sensor(POLICY, [accuracy(lost=lost, won=won)], look=3)
+    reading = sense(POLICY, [accuracy(lost=lost, won=won)], look=3)
     assert reading.verdict is Verdict.INCONCLUSIVE
     assert reading.lower < 0.03 < reading.upper
 
 
 def test_the_readings_numbers_are_those_of_the_statistics() -> None:
     benchmark = accuracy(lost=30, won=10)
-    reading = read_sensor(POLICY, [benchmark], look=2)
+    reading = sense(POLICY, [benchmark], look=2)
     estimate = paired_drop([PairedGroup(1.0, benchmark.baseline, benchmark.current)])
     assert reading.stderr == estimate.stderr
     assert reading.lower == lower_bound(estimate, alpha_spent(2))
@@ -90,8 +98,8 @@ def test_the_readings_numbers_are_those_of_the_statistics() -> None:
 
 
 def test_severe_needs_a_lower_bound_above_twice_the_limit() -> None:
-    mild = read_sensor(POLICY, [accuracy(lost=100, won=20)], look=1)
-    harsh = read_sensor(POLICY, [accuracy(lost=150, won=0)], look=1)
+    mild = sense(POLICY, [accuracy(lost=100, won=20)], look=1)
+    harsh = sense(POLICY, [accuracy(lost=150, won=0)], look=1)
     assert (mild.verdict, mild.severe) == (Verdict.REGRESS, False)
     assert (harsh.verdict, harsh.severe) == (Verdict.REGRESS, True)
     assert harsh.lower > 0.06
@@ -99,50 +107,50 @@ def test_severe_needs_a_lower_bound_above_twice_the_limit() -> None:
 
 def test_the_mean_can_hold_while_one_benchmark_falls() -> None:
     fallen, risen = accuracy("a", lost=120, won=10), accuracy("b", lost=10, won=120)
-    reading = read_sensor(POLICY, [fallen, risen], look=1)
+    reading = sense(POLICY, [fallen, risen], look=1)
     assert reading.verdict is Verdict.PASS
     assert [b.verdict for b in reading.benchmarks] == [Verdict.INCONCLUSIVE, Verdict.PASS]
-    own = read_sensor(POLICY, [accuracy("a", lost=120, won=10, max_drop=0.03), risen], look=1)
+    own = sense(POLICY, [accuracy("a", lost=120, won=10, max_drop=0.03), risen], look=1)
     assert own.verdict is Verdict.REGRESS
     assert own.benchmarks[0].verdict is Verdict.REGRESS
     assert own.benchmarks[0].lower > 0.03
 
 
 def test_holm_shares_the_alpha_over_mean_nll_and_own_limits() -> None:
-    reading = read_sensor(POLICY, [accuracy(max_drop=0.1), nll()], look=1)
+    reading = sense(POLICY, [accuracy(max_drop=0.1), nll()], look=1)
     estimate = paired_drop([PairedGroup(1.0, scores(1200, 2000), scores(1200, 2000))])
     assert reading.lower == pytest.approx(lower_bound(estimate, alpha_spent(1) / 3))
     assert reading.benchmarks[0].lower == pytest.approx(lower_bound(estimate, alpha_spent(1) / 3))
 
 
 def test_a_confirmed_nll_violation_alone_is_a_regression() -> None:
-    reading = read_sensor(POLICY, [accuracy(), nll(rise=0.07)], look=1)
+    reading = sense(POLICY, [accuracy(), nll(rise=0.07)], look=1)
     assert reading.verdict is Verdict.REGRESS
     assert not reading.severe
     assert reading.benchmarks[1].drop == pytest.approx(0.07, abs=0.005)
     assert reading.benchmarks[1].limit == 0.05
-    assert read_sensor(POLICY, [accuracy(), nll(rise=0.2)], look=1).severe
+    assert sense(POLICY, [accuracy(), nll(rise=0.2)], look=1).severe
 
 
 def test_an_nll_that_does_not_pass_forbids_the_pass() -> None:
-    reading = read_sensor(POLICY, [accuracy(), nll(rise=0.045, n=10, noise=0.1)], look=1)
+    reading = sense(POLICY, [accuracy(), nll(rise=0.045, n=10, noise=0.1)], look=1)
     assert reading.verdict is Verdict.INCONCLUSIVE
     assert reading.benchmarks[0].verdict is Verdict.PASS
 
 
 def test_nll_stays_out_of_the_mean_and_can_stand_alone() -> None:
-    reading = read_sensor(POLICY, [nll()], look=1)
+    reading = sense(POLICY, [nll()], look=1)
     assert reading.drop is None
     assert reading.verdict is Verdict.PASS
 
 
 def test_a_benchmark_at_floor_is_left_out_of_the_mean() -> None:
     floor = accuracy("hard", before=510, lost=500)
-    reading = read_sensor(POLICY, [accuracy(), floor], look=1)
+    reading = sense(POLICY, [accuracy(), floor], look=1)
     assert reading.verdict is Verdict.PASS
     assert reading.drop == 0
     assert reading.benchmarks[1].verdict is Verdict.AT_FLOOR
-    assert read_sensor(POLICY, [floor], look=1).verdict is Verdict.AT_FLOOR
+    assert sense(POLICY, [floor], look=1).verdict is Verdict.AT_FLOOR
 
 
 @pytest.mark.parametrize(
@@ -157,15 +165,15 @@ def test_a_benchmark_at_floor_is_left_out_of_the_mean() -> None:
     ],
 )
 def test_nothing_usable_is_no_data(benchmarks) -> None:
-    reading = read_sensor(POLICY, benchmarks, look=1)
+    reading = sense(POLICY, benchmarks, look=1)
     assert reading.verdict is Verdict.NO_DATA
     assert not reading.severe
 
 
 def test_a_missing_benchmark_forbids_a_pass_but_not_a_regression() -> None:
     missing = accuracy("b", current=None)
-    assert read_sensor(POLICY, [accuracy(), missing], look=1).verdict is Verdict.INCONCLUSIVE
-    fallen = read_sensor(POLICY, [accuracy(lost=150), missing], look=1)
+    assert sense(POLICY, [accuracy(), missing], look=1).verdict is Verdict.INCONCLUSIVE
+    fallen = sense(POLICY, [accuracy(lost=150), missing], look=1)
     assert fallen.verdict is Verdict.REGRESS
     assert fallen.benchmarks[1].verdict is Verdict.NO_DATA
 
@@ -175,7 +183,7 @@ def test_a_missing_benchmark_forbids_a_pass_but_not_a_regression() -> None:
 def test_a_score_that_is_not_finite_is_a_severe_regression(bad, make) -> None:
     benchmark = make()
     benchmark.current[3] = bad
-    reading = read_sensor(POLICY, [benchmark], look=1)
+    reading = sense(POLICY, [benchmark], look=1)
     assert (reading.verdict, reading.severe, reading.not_finite) == (Verdict.REGRESS, True, True)
     assert not holds(POLICY, [benchmark])
 
@@ -183,38 +191,38 @@ def test_a_score_that_is_not_finite_is_a_severe_regression(bad, make) -> None:
 def test_items_the_baseline_never_scored_are_dropped() -> None:
     benchmark = accuracy(lost=30)
     benchmark.baseline[:30] = np.nan
-    reading = read_sensor(POLICY, [benchmark], look=1)
+    reading = sense(POLICY, [benchmark], look=1)
     assert reading.drop == 0
     assert reading.benchmarks[0].n_items == 1970
 
 
 def test_a_summary_is_unpaired_and_needs_a_wider_gap() -> None:
-    paired = read_sensor(POLICY, [accuracy(lost=90, won=10)], look=1)
+    paired = sense(POLICY, [accuracy(lost=90, won=10)], look=1)
     same = accuracy(current=None, summary=Summary(value=1120 / 2000, stderr=None, n=2000))
-    unpaired = read_sensor(POLICY, [same], look=1)
+    unpaired = sense(POLICY, [same], look=1)
     assert paired.verdict is Verdict.REGRESS
     assert unpaired.verdict is Verdict.INCONCLUSIVE
     assert unpaired.drop == pytest.approx(paired.drop)
     assert not unpaired.benchmarks[0].paired
     wrecked = accuracy(current=None, summary=Summary(value=0.3, stderr=0.01, n=2000))
-    assert read_sensor(POLICY, [wrecked], look=1).severe
+    assert sense(POLICY, [wrecked], look=1).severe
 
 
 def test_an_nll_summary_needs_its_standard_error() -> None:
     known = nll(current=None, summary=Summary(value=3.3, stderr=0.01, n=200))
-    assert read_sensor(POLICY, [known], look=1).verdict is Verdict.REGRESS
+    assert sense(POLICY, [known], look=1).verdict is Verdict.REGRESS
     unknown = nll(current=None, summary=Summary(value=3.3, stderr=None, n=200))
-    assert read_sensor(POLICY, [unknown], look=1).verdict is Verdict.NO_DATA
+    assert sense(POLICY, [unknown], look=1).verdict is Verdict.NO_DATA
     broken = nll(current=None, summary=Summary(value=np.nan, stderr=0.1, n=200))
-    assert read_sensor(POLICY, [broken], look=1).not_finite
-    assert read_sensor(
+    assert sense(POLICY, [broken], look=1).not_finite
+    assert sense(
         POLICY, [accuracy(current=None, summary=Summary(np.inf, 0.1, 9))], look=1
     ).not_finite
 
 
 def test_the_report_takes_one_look_at_five_percent_each_side() -> None:
     benchmark = accuracy(lost=62, won=10)
-    assert read_sensor(POLICY, [benchmark], look=1).verdict is Verdict.INCONCLUSIVE
+    assert sense(POLICY, [benchmark], look=1).verdict is Verdict.INCONCLUSIVE
     report = read_report(POLICY, [benchmark])
     assert report.verdict is Verdict.REGRESS
     assert (report.look, report.alpha) == (1, 0.05)
@@ -229,7 +237,7 @@ def test_holds_asks_for_a_margin_up_to_half_the_limit() -> None:
     assert not holds(POLICY, [])
     # a gate set too small for a pass can still hold
     small = accuracy(n=100, before=60)
-    assert read_sensor(POLICY, [small], look=1).verdict is Verdict.INCONCLUSIVE
+    assert sense(POLICY, [small], look=1).verdict is Verdict.INCONCLUSIVE
     assert holds(POLICY, [small])
 
 
@@ -240,7 +248,7 @@ def test_what_just_holds_on_the_gate_passes_the_report_test_with_about_80_percen
     gate = accuracy(n=n, before=before, lost=lost, won=won)
     assert holds(POLICY, [gate])
     assert not holds(POLICY, [accuracy(n=n, before=before, lost=lost + 20, won=won)])
-    stderr = read_sensor(POLICY, [gate], look=1).stderr
+    stderr = sense(POLICY, [gate], look=1).stderr
     passed, trials = 0, 300
     for _ in range(trials):
         true = (lost - won) / before + rng.normal(0, stderr)
