@@ -1,0 +1,1 @@
+"""Plain loops on Postgres: reconciler, outbox relay and webhook sender; `python -m app.control`."""

@@ -1,0 +1,1 @@
+"""Named queries, one class per aggregate."""

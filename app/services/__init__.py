@@ -1,0 +1,1 @@
+"""Use cases: one function each, inside the transaction of whoever calls it."""
