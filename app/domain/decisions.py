@@ -90,7 +90,9 @@ class ControllerState(Frozen):
     branch: int = 0
     rollbacks: int = 0
     raises_in_a_row: int = 0
-    excess_before_raise: float | None = None  # worst estimate as a multiple of its limit, at the latest raise
+    excess_before_raise: float | None = (
+        None  # worst estimate as a multiple of its limit, at the latest raise
+    )
     repaired: bool = False  # since the last pass or rollback
     learning_rate_lowered: bool = False  # once in a job, by the rung after useless raises
     cool_down: int = 0  # evaluations to go before a strength may be lowered

@@ -39,8 +39,12 @@ class Ladder(Frozen):
     max_rollbacks: int = Field(default=5, ge=0, le=100)
     strength_cap_factor: float = Field(default=1000.0, ge=1)
     lower_factor: float = Field(default=0.9, gt=0, le=1)  # of lower_strength; 1 never lowers
-    lower_below: float = Field(default=2 / 3, gt=0, le=1)  # share of each limit that the 95 % upper bounds must stay under
-    cool_down_evals: int = Field(default=1, ge=0, le=100)  # evaluations after a change before a strength may be lowered
+    lower_below: float = Field(
+        default=2 / 3, gt=0, le=1
+    )  # share of each limit that the 95 % upper bounds must stay under
+    cool_down_evals: int = Field(
+        default=1, ge=0, le=100
+    )  # evaluations after a change before a strength may be lowered
 
 
 class Policy(Frozen):
