@@ -1,0 +1,375 @@
+"""Webhooks: endpoints with their secrets, and events written in the transaction in which they happen."""
+
+import base64
+import hashlib
+import hmac
+import ipaddress
+import math
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+from cryptography.fernet import InvalidToken, MultiFernet
+from sqlalchemy.orm import Session
+
+from app.db.models import Job, WebhookDelivery, WebhookEndpoint, WebhookEvent
+from app.db.repositories.webhooks import WebhookDeliveryRepository, WebhookEndpointRepository
+from app.domain.addresses import is_public_address
+from app.domain.identifiers import public_id
+from app.errors import BadRequest, Conflict, Unavailable
+
+#: Every transition of a job and every decision that changes something, plus what befalls an endpoint.
+EVENT_TYPES: Final = (
+    "fine_tuning.job.queued",
+    "fine_tuning.job.running",
+    "fine_tuning.job.pausing",
+    "fine_tuning.job.paused",
+    "fine_tuning.job.succeeded",
+    "fine_tuning.job.failed",
+    "fine_tuning.job.cancelled",
+    "retention.regression_detected",
+    "retention.strength_raised",
+    "retention.strength_lowered",
+    "retention.learning_rate_lowered",
+    "retention.repaired",
+    "retention.rolled_back",
+    "retention.stopped",
+    "webhook_endpoint.disabled",
+)
+MAX_ENDPOINTS: Final = 50  # per project
+SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - what a secret begins with
+ROTATION_OVERLAP: Final = timedelta(hours=24)
+_SECRET_BYTES = 32
+_PORTS = frozenset({443, 8443})
+
+
+class CreatedEndpoint(NamedTuple):
+    """An endpoint's row, and the secret that only its maker ever sees."""
+
+    row: WebhookEndpoint
+    secret: str
+
+
+def create_endpoint(
+    session: Session,
+    cipher: MultiFernet,
+    *,
+    project_id: UUID,
+    name: str,
+    url: str,
+    event_types: Sequence[str],
+    allow_private: bool = False,
+) -> CreatedEndpoint:
+    """Registers a receiver; the secret is shown here alone and kept encrypted.
+
+    Raises:
+        BadRequest: A field cannot be taken as it is; `param` names it.
+        Conflict: The project has too many endpoints.
+    """
+    repository = WebhookEndpointRepository(session)
+    check_url(url, allow_private=allow_private)
+    if repository.count(project_id) >= MAX_ENDPOINTS:
+        raise Conflict(f"A project has at most {MAX_ENDPOINTS} webhook endpoints.")
+    secret = _make_secret()
+    row = WebhookEndpoint(
+        project_id=project_id,
+        name=_checked_name(name),
+        url=url,
+        event_types=_checked_types(event_types),
+        secret_encrypted=cipher.encrypt(secret.encode()),
+        secret_hint=secret[-4:],
+    )
+    repository.add(row)
+    return CreatedEndpoint(row, secret)
+
+
+def update_endpoint(
+    session: Session,
+    *,
+    project_id: UUID,
+    endpoint_id: UUID,
+    name: str | None = None,
+    url: str | None = None,
+    event_types: Sequence[str] | None = None,
+    allow_private: bool = False,
+) -> WebhookEndpoint:
+    """Changes what is given.
+
+    Raises:
+        NotFound: The project has no such endpoint.
+        BadRequest: A field cannot be taken as it is.
+    """
+    row = WebhookEndpointRepository(session).get(project_id, endpoint_id, for_update=True)
+    if name is not None:
+        row.name = _checked_name(name)
+    if url is not None:
+        check_url(url, allow_private=allow_private)
+        row.url = url
+    if event_types is not None:
+        row.event_types = _checked_types(event_types)
+    row.updated_at = datetime.now(UTC)
+    session.flush()
+    return row
+
+
+def delete_endpoint(session: Session, *, project_id: UUID, endpoint_id: UUID) -> None:
+    """Removes a receiver; what was on its way to it ends.
+
+    Raises:
+        NotFound: The project has no such endpoint.
+    """
+    row = WebhookEndpointRepository(session).get(project_id, endpoint_id, for_update=True)
+    row.deleted_at = datetime.now(UTC)
+    session.flush()
+    WebhookDeliveryRepository(session).bury_orphans()
+
+
+def get_endpoint(session: Session, *, project_id: UUID, endpoint_id: UUID) -> WebhookEndpoint:
+    """One receiver.
+
+    Raises:
+        NotFound: The project has no such endpoint.
+    """
+    return WebhookEndpointRepository(session).get(project_id, endpoint_id)
+
+
+def list_endpoints(
+    session: Session, *, project_id: UUID, after: UUID | None = None, limit: int = 20
+) -> tuple[list[WebhookEndpoint], bool]:
+    """A page of receivers, newest first, and whether there are more.
+
+    Raises:
+        NotFound: `after` is not an endpoint of the project.
+    """
+    repository = WebhookEndpointRepository(session)
+    last = None if after is None else repository.get(project_id, after)
+    found = repository.list_page(project_id, after=last, limit=limit + 1)
+    return found[:limit], len(found) > limit
+
+
+def rotate_secret(
+    session: Session,
+    cipher: MultiFernet,
+    *,
+    project_id: UUID,
+    endpoint_id: UUID,
+    keep_old: bool = True,
+) -> CreatedEndpoint:
+    """Gives an endpoint a new secret; the old one signs too for 24 hours, unless it is dropped.
+
+    Raises:
+        NotFound: The project has no such endpoint.
+        Conflict: The old secret would be kept while an older one still is.
+    """
+    row = WebhookEndpointRepository(session).get(project_id, endpoint_id, for_update=True)
+    now = datetime.now(UTC)
+    is_overlapping = row.previous_secret_until is not None and row.previous_secret_until > now
+    if keep_old and is_overlapping:
+        raise Conflict(
+            "The secret was rotated less than 24 hours ago; rotate with"
+            " keep_old_secret_active_for_24_hours false to drop the older one now.",
+            "keep_old_secret_active_for_24_hours",
+        )
+    secret = _make_secret()
+    row.previous_secret_encrypted = row.secret_encrypted if keep_old else None
+    row.previous_secret_until = now + ROTATION_OVERLAP if keep_old else None
+    row.secret_encrypted = cipher.encrypt(secret.encode())
+    row.secret_hint = secret[-4:]
+    row.updated_at = now
+    session.flush()
+    return CreatedEndpoint(row, secret)
+
+
+def list_deliveries(
+    session: Session,
+    *,
+    project_id: UUID,
+    endpoint_id: UUID,
+    after: UUID | None = None,
+    limit: int = 20,
+) -> tuple[list[tuple[WebhookDelivery, WebhookEvent]], bool]:
+    """A page of an endpoint's deliveries with their events, newest first, and whether there are more.
+
+    Raises:
+        NotFound: The project has no such endpoint, or the endpoint no delivery `after`.
+    """
+    endpoint = WebhookEndpointRepository(session).get(project_id, endpoint_id)
+    repository = WebhookDeliveryRepository(session)
+    last = None if after is None else repository.get(endpoint.id, after)
+    found = repository.list_page(endpoint.id, after=last, limit=limit + 1)
+    return found[:limit], len(found) > limit
+
+
+def redeliver(
+    session: Session, *, project_id: UUID, endpoint_id: UUID, delivery_id: UUID
+) -> WebhookDelivery:
+    """Sends an event to an endpoint once more, with the schedule started over and the same webhook-id.
+
+    Raises:
+        NotFound: The project has no such endpoint or delivery.
+        Conflict: The endpoint is disabled.
+    """
+    endpoint = WebhookEndpointRepository(session).get(project_id, endpoint_id)
+    if endpoint.disabled_at is not None:
+        raise Conflict(f"The endpoint is disabled: {endpoint.disabled_reason}")
+    repository = WebhookDeliveryRepository(session)
+    delivery = repository.get(endpoint.id, delivery_id)
+    repository.redeliver(delivery)
+    return delivery
+
+
+def emit_event(
+    session: Session,
+    *,
+    project_id: UUID,
+    type: str,  # noqa: A002 - the field's name in the payload
+    data: dict[str, Any],
+    job: Job | None = None,
+) -> WebhookEvent:
+    """Writes an event, and one delivery for each live endpoint that wants it, in the caller's transaction.
+
+    Args:
+        session: The transaction in which the thing happens.
+        project_id: Whose endpoints hear of it.
+        type: One of `EVENT_TYPES`.
+        data: Goes into the payload's `data`; numbers that JSON lacks become null.
+        job: The job it is about. Its id, state and number of events so far (`sequence`, which only grows: a
+            receiver keeps the highest) are put into `data`, unless given there. Add the job's own event first.
+    """
+    if type not in EVENT_TYPES:
+        raise ValueError(f"unknown event type: {type}")
+    now = datetime.now(UTC)
+    about: dict[str, Any] = {"occurred_at": now.isoformat(timespec="milliseconds")}
+    if job is not None:
+        about |= {
+            "id": public_id("job", job.id),
+            "sequence": job.event_count,
+            "status": job.state.value,
+        }
+    event_id = uuid4()
+    payload = {
+        "id": public_id("webhook_event", event_id),
+        "object": "event",
+        "created_at": int(now.timestamp()),
+        "type": type,
+        "data": _finite(about | data),
+    }
+    event = WebhookEvent(
+        id=event_id,
+        project_id=project_id,
+        type=type,
+        job_id=None if job is None else job.id,
+        payload=payload,
+    )
+    endpoint_ids = WebhookEndpointRepository(session).list_subscribed(project_id, type)
+    WebhookDeliveryRepository(session).add_event(event, endpoint_ids)
+    return event
+
+
+def check_url(url: str, *, allow_private: bool) -> None:
+    """Refuses a URL that must not be called; names are checked again, resolved, at every delivery.
+
+    Raises:
+        BadRequest: Not https on port 443 or 8443 (any http when private receivers are allowed), or with user
+            info, a fragment or a private address in it.
+    """
+    problem = _problem_of(url, allow_private=allow_private)
+    if problem is not None:
+        raise BadRequest(f"url: {problem}", "url")
+
+
+def decrypt_secret(cipher: MultiFernet, encrypted: bytes) -> str:
+    """The secret that was encrypted.
+
+    Raises:
+        Unavailable: It was encrypted under another key.
+    """
+    try:
+        return cipher.decrypt(encrypted).decode()
+    except InvalidToken:
+        raise Unavailable(
+            "The webhook secret was encrypted under another key: restore RETAIN_SECRET_KEY."
+        ) from None
+
+
+def sign(secrets_in_force: Sequence[str], *, message_id: str, timestamp: int, body: bytes) -> str:
+    """The `webhook-signature` header of Standard Webhooks 1.0: one `v1` signature for each secret."""
+    text = f"{message_id}.{timestamp}.".encode() + body
+    signatures = []
+    for secret in secrets_in_force:
+        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
+        digest = hmac.new(key, text, hashlib.sha256).digest()
+        signatures.append("v1," + base64.b64encode(digest).decode())
+    return " ".join(signatures)
+
+
+def _problem_of(url: str, *, allow_private: bool) -> str | None:
+    if not 1 <= len(url) <= 2048 or not url.isprintable() or not url.isascii() or " " in url:
+        return "give 1 to 2048 printable ASCII characters"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return "this is not a URL"
+    schemes = ("https", "http") if allow_private else ("https",)
+    if parts.scheme not in schemes:
+        return f"the scheme must be {' or '.join(schemes)}"
+    if not host:
+        return "the host is missing"
+    if "@" in parts.netloc or "#" in url:
+        return "user info and fragments are not allowed"
+    if allow_private:
+        return None
+    if port is not None and port not in _PORTS:
+        return "the port must be 443 or 8443"
+    if _is_address(host) and not is_public_address(host):
+        return "private and reserved addresses are not allowed"
+    return None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _checked_name(name: str) -> str:
+    if not 1 <= len(name.strip()) <= 128 or not name.isprintable():
+        raise BadRequest("name: give 1 to 128 printable characters", "name")
+    return name.strip()
+
+
+def _checked_types(event_types: Sequence[str]) -> list[str]:
+    if not event_types:
+        raise BadRequest("event_types: name at least one type of event", "event_types")
+    for place, name in enumerate(event_types):
+        if name not in EVENT_TYPES:
+            raise BadRequest(
+                f"event_types.{place}: no event has the type '{name[:80]}'; there are"
+                f" {', '.join(EVENT_TYPES)}",
+                f"event_types.{place}",
+            )
+    return list(dict.fromkeys(event_types))
+
+
+def _make_secret() -> str:
+    # Padded base64: the openai client decodes it strictly.
+    return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """The value with infinities and NaN, which JSON lacks, as null."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
