@@ -39,6 +39,7 @@ class EmbeddedPostgres:
         self.is_durable = is_durable
         self.process: subprocess.Popen[bytes] | None = None
         self._identity = identity
+        self._port: int | None = None  # kept over a restart, so that clients find the server again
         self._data = self.root / "data"
         #: Carried in the command line and process titles: finds the leftovers of a killed run.
         self._mark = "retain-" + hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
@@ -60,13 +61,15 @@ class EmbeddedPostgres:
         # to start when the process id in it has been given to somebody else since.
         (self._data / "postmaster.pid").unlink(missing_ok=True)
         for _ in range(3):  # another process may take the free port first
-            port = processes.find_free_port()
+            port = self._port or processes.find_free_port()
             self._spawn(identity, port)
             url = f"postgresql://{USER}:{password}@127.0.0.1:{port}/"
             if self._is_ready(url):
+                self._port = port
                 _ensure_database(url)
                 return url + DATABASE
             self.stop()
+            self._port = None
         raise ServerFailed(f"Postgres did not start:\n{processes.log_tail(self.log)}")
 
     def stop(self) -> None:

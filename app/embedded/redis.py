@@ -30,6 +30,8 @@ class EmbeddedRedis:
         self.root = root.resolve()
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
+        self._port: int | None = None  # kept over a restart, so that clients find the server again
+        self._password = secrets.token_urlsafe(24)
         digest = hashlib.sha256(str(self.root).encode()).hexdigest()[:16]
         self._config = self.root / f"retain-{digest}.conf"
 
@@ -41,10 +43,9 @@ class EmbeddedRedis:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         processes.end_leftovers(self._config.name, signal.SIGTERM, seconds=5)
-        password = secrets.token_urlsafe(24)
         for _ in range(3):  # another process may take the free port first
-            port = processes.find_free_port()
-            self._configure(port, password)
+            port = self._port or processes.find_free_port()
+            self._configure(port)
             self.process = processes.spawn(
                 [str(_binary()), str(self._config)],
                 identity=Identity(),
@@ -52,10 +53,12 @@ class EmbeddedRedis:
                 log=self.log,
                 death_signal=signal.SIGTERM,
             )
-            url = f"redis://:{password}@127.0.0.1:{port}/0"
+            url = f"redis://:{self._password}@127.0.0.1:{port}/0"
             if self._is_ready(url):
+                self._port = port
                 return url
             self.stop()
+            self._port = None
         raise ServerFailed(f"Redis did not start:\n{processes.log_tail(self.log)}")
 
     def stop(self) -> None:
@@ -64,12 +67,12 @@ class EmbeddedRedis:
             processes.stop(self.process, [(signal.SIGTERM, 5)])
             self.process = None
 
-    def _configure(self, port: int, password: str) -> None:
+    def _configure(self, port: int) -> None:
         # In a file, since a command line can be read by every user of the machine. The file's name is
         # kept in the process title, by which leftovers are found.
         self._config.touch(mode=0o600)
         self._config.write_text(
-            f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir .\n"
+            f"bind 127.0.0.1\nport {port}\nrequirepass {self._password}\ndir .\n"
             'save ""\nappendonly no\nmaxmemory-policy noeviction\n'
             f'proc-title-template "{{title}} {self._config.name}"\n'
         )

@@ -9,6 +9,7 @@ from typing import Self
 
 from app.embedded.directory import DataDirectory, DataDirectoryInUse, Endpoints
 from app.embedded.postgres import EmbeddedPostgres
+from app.embedded.processes import ServerFailed
 from app.embedded.redis import EmbeddedRedis
 from app.settings import Settings
 
@@ -68,10 +69,22 @@ class EmbeddedServices:
         self._postgres.stop()
         self.directory.release()
 
-    def is_alive(self) -> bool:
-        """Whether every server that was started still runs."""
-        processes = (self._postgres.process, self._redis.process)
-        return all(process is None or process.poll() is None for process in processes)
+    def revive(self) -> bool:
+        """Starts what has died again, at the same address; whether anything had.
+
+        Raises:
+            ServerFailed: It does not come up, or had to take another address.
+        """
+        dead = [
+            server
+            for server in (self._postgres, self._redis)
+            if server.process is not None and server.process.poll() is not None
+        ]
+        known = self.directory.find_endpoints()
+        for server in dead:
+            if known is None or server.start() not in known:
+                raise ServerFailed("An embedded server lost its address; start Retain again.")
+        return bool(dead)
 
     def __enter__(self) -> Self:
         self.start()

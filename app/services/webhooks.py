@@ -236,8 +236,8 @@ def emit_event(
         project_id: Whose endpoints hear of it.
         type: One of `EVENT_TYPES`.
         data: Goes into the payload's `data`; numbers that JSON lacks become null.
-        job: The job it is about. Its id, state and number of events so far (`sequence`, which only grows: a
-            receiver keeps the highest) are put into `data`, unless given there. Add the job's own event first.
+        job: The job it is about. `data` gets its `id`, its `status` and its number of events so far as
+            `sequence`, which only grows: a receiver keeps the highest. Add the job's own event first.
     """
     if type not in EVENT_TYPES:
         raise ValueError(f"unknown event type: {type}")
@@ -255,7 +255,7 @@ def emit_event(
         "object": "event",
         "created_at": int(now.timestamp()),
         "type": type,
-        "data": _finite(about | data),
+        "data": _finite(data | about),
     }
     event = WebhookEvent(
         id=event_id,
