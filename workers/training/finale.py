@@ -1,0 +1,187 @@
+"""The end of a run: the report test, shrinking where it failed, the frontier, and the artifact."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from app.domain.benchmarks import BenchmarkKind, BenchmarkScores
+from app.domain.decisions import Verdict
+from app.domain.messages import DecisionReply, Finished, FrontierPoint, PublishTarget
+from app.domain.sensing import holds, read_report
+from workers.training.checkpoints import load_checkpoint
+from workers.training.session import Blend, Session
+from workers.training.suite import Marks
+
+FRONTIER_POINTS = 11
+FRONTIER_ITEMS = 300  # gate items a benchmark and point
+ArtifactKind = Literal["adapter", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What one point of the line from base to tuned measures."""
+
+    alpha: float
+    domain: float | None
+    valid_loss: float | None
+
+
+def finish(session: Session, reply: DecisionReply) -> None:
+    """Publishes what the last decision named, or says why nothing can be published."""
+    run, talk, target = session.run, session.talk, reply.publish
+    kind: ArtifactKind = "adapter" if run.training.type == "lora" else "full"
+    result_csv = session.scratch / "result.csv"
+    if run.ranks.is_speaker:
+        write_result(session, result_csv)
+    outcome = Outcome() if target is None else _publish(session, target)
+    if target is None:
+        outcome.failure = reply.failure
+    session.enter("done")
+    talk.ask(
+        Finished(
+            id=talk.next_id(),
+            checkpoint_id="" if target is None else target.checkpoint_id,
+            artifact_directory=outcome.artifact_directory,
+            artifact_kind=kind,
+            alpha=outcome.alpha,
+            report=outcome.report,
+            tuned_report=outcome.tuned_report,
+            valid_loss=outcome.valid_loss,
+            frontier=outcome.frontier,
+            result_csv=str(result_csv),
+            trained_tokens=run.trained_tokens,
+            seconds={name: round(seconds, 3) for name, seconds in session.seconds.items()},
+            failure=outcome.failure,
+        )
+    )
+
+
+@dataclass
+class Outcome:
+    """What is said of the published weights."""
+
+    artifact_directory: str | None = None
+    alpha: float = 1.0
+    report: tuple[BenchmarkScores, ...] = ()
+    tuned_report: tuple[BenchmarkScores, ...] = ()
+    valid_loss: float | None = None
+    frontier: tuple[FrontierPoint, ...] = ()
+    failure: Literal["retention_not_met"] | None = None
+
+
+def _publish(session: Session, target: PublishTarget) -> Outcome:
+    run, suite, policy = session.run, session.suite, session.plan.policy
+    load_checkpoint(run, Path(target.checkpoint_directory), keep_carry=True)
+    for strategy in run.strategies:
+        strategy.on_task_end(run.ctx)
+    session.enter("report")
+    marks = suite.measure("report")
+    outcome = Outcome(tuned_report=suite.packed(marks, "report"))
+    outcome.report = outcome.tuned_report
+    has_regressed = policy is not None and (
+        read_report(policy, suite.sensed(marks, "report")).verdict is Verdict.REGRESS
+    )
+    blend = session.blend()
+    session.enter("frontier")
+    outcome.frontier = measure_frontier(session, blend)
+    if has_regressed:
+        _shrink(session, blend, outcome)
+    blend.apply(outcome.alpha)
+    outcome.valid_loss = _finite(session.validate()[0])
+    session.enter("exporting")
+    outcome.artifact_directory = save_published(session, outcome.alpha)
+    return outcome
+
+
+def measure_frontier(session: Session, blend: Blend) -> tuple[FrontierPoint, ...]:
+    """General and domain values at 11 points of the line, on gate items; empty where nothing is watched."""
+    suite = session.suite
+    points = []
+    for k in range(FRONTIER_POINTS):
+        alpha = k / (FRONTIER_POINTS - 1)
+        blend.apply(alpha)
+        marks = suite.measure("gate", at_most=FRONTIER_ITEMS)
+        valid_loss = _finite(session.validate()[0])
+        if not marks and valid_loss is None:
+            return ()
+        points.append(_frontier_point(session, alpha, marks, valid_loss))
+        session.report()
+    return tuple(points)
+
+
+def _frontier_point(
+    session: Session, alpha: float, marks: Marks, valid_loss: float | None
+) -> FrontierPoint:
+    suite = session.suite
+    return FrontierPoint(
+        alpha=alpha,
+        general=suite.mean(marks, BenchmarkKind.GENERAL, "gate", at_most=FRONTIER_ITEMS),
+        domain=suite.mean(marks, BenchmarkKind.DOMAIN, "gate", at_most=FRONTIER_ITEMS),
+        valid_loss=valid_loss,
+        benchmarks={
+            watched.plan.name: _finite(
+                watched.value(
+                    marks[watched.plan.benchmark_version_id],
+                    suite.indices(watched, "gate", at_most=FRONTIER_ITEMS),
+                )
+            )
+            for watched in suite.benchmarks
+        },
+    )
+
+
+def _shrink(session: Session, blend: Blend, outcome: Outcome) -> None:
+    """Takes the point nearest to the tuned weights that holds on gate items, and tests it once on the report set."""
+    suite, policy = session.suite, session.plan.policy
+    outcome.alpha = 0.0
+    for point in sorted(outcome.frontier, key=lambda p: -p.alpha):
+        if policy is None or not 0.0 < point.alpha < 1.0:
+            continue
+        blend.apply(point.alpha)
+        if holds(policy, suite.sensed(suite.measure("gate"), "gate")):
+            outcome.alpha = point.alpha
+            break
+    blend.apply(outcome.alpha)
+    marks = suite.measure("report")
+    outcome.report = suite.packed(marks, "report")
+    still_regresses = policy is not None and (
+        read_report(policy, suite.sensed(marks, "report")).verdict is Verdict.REGRESS
+    )
+    if still_regresses or not gains(outcome.frontier, outcome.alpha):
+        outcome.failure = "retention_not_met"
+
+
+def gains(frontier: tuple[FrontierPoint, ...], alpha: float) -> bool:
+    """Whether a point is better than the base on validation cross-entropy or on the domain benchmarks."""
+    if alpha == 0.0:
+        return False
+    base = next(p for p in frontier if p.alpha == 0.0)
+    point = min(frontier, key=lambda p: abs(p.alpha - alpha))
+    measured = []
+    if base.valid_loss is not None and point.valid_loss is not None:
+        measured.append(point.valid_loss < base.valid_loss)
+    if base.domain is not None and point.domain is not None:
+        measured.append(point.domain > base.domain)
+    return any(measured) or not measured  # without either nothing speaks against it
+
+
+def write_result(session: Session, path: Path) -> None:
+    """The accepted steps' metrics as CSV, with OpenAI's column names."""
+    names = sorted({name for row in session.run.history for name in row.values})
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "train_loss", "train_accuracy", "learning_rate", "tokens", *names])
+        for row in session.run.history:
+            numbers = [row.train_loss, row.train_mean_token_accuracy, row.learning_rate, row.tokens]
+            writer.writerow([row.step, *numbers, *(row.values.get(name) for name in names)])
+
+
+def save_published(session: Session, alpha: float) -> str:
+    """Writes the artifact of the weights as they stand; its directory."""
+    raise NotImplementedError
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,157 @@
+"""Forward passes: logits at supervised positions alone, by the student and by the starting model."""
+
+# Shape letters: B rows, T tokens, N supervised positions, S those of the teacher's rows, V vocabulary.
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.errors import TrainingFailed
+from workers.strategies.base import Forward, Micro
+
+PROBE_TOKENS = 24
+PROBE_TOLERANCE = 1e-3
+
+
+class SelectedLogits:
+    """Runs the body on whole rows and the head on the selected positions.
+
+    A model whose logits are more than `head(body)` (soft-capping, scaling) shows on a probe, and is then
+    run whole.
+    """
+
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None) -> None:
+        self.model = model
+        self._autocast = autocast
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._inner = inner
+        self._body = inner.get_decoder()
+        self._head = inner.get_output_embeddings()
+        self.has_split_head = self._check()
+
+    def __call__(self, input_ids_BT: Tensor, positions_N: Tensor) -> Tensor:
+        """Logits (N, V) at flat positions (row * T + column)."""
+        with self.precision(input_ids_BT.device):
+            if not self.has_split_head:
+                logits_BTV = self._inner(input_ids=input_ids_BT, use_cache=False).logits
+                return _flat(logits_BTV)[positions_N]
+            hidden_BTD = self._body(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+            logits: Tensor = self._head(_flat(hidden_BTD).index_select(0, positions_N))
+            return logits
+
+    def probe_hash(self) -> str:
+        """Hash of the logits of a fixed probe: equal hashes, equal function."""
+        with torch.no_grad(), evaluating(self.model):
+            logits = self(*self._probe())
+        return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+    def precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of the run, as a context."""
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self._autocast)
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        embedding = self._inner.get_input_embeddings().weight
+        ids = (torch.arange(PROBE_TOKENS) * 7 + 3) % embedding.shape[0]
+        device = embedding.device
+        return ids[None].to(device), torch.arange(PROBE_TOKENS, device=device)
+
+    def _check(self) -> bool:
+        if self._body is None or self._head is None or self._body is self._inner:
+            return False
+        ids_BT, positions_N = self._probe()
+        with torch.no_grad(), evaluating(self.model), self.precision(ids_BT.device):
+            whole = _flat(self._inner(input_ids=ids_BT, use_cache=False).logits)
+            body = self._body(input_ids=ids_BT, use_cache=False).last_hidden_state
+            split = self._head(_flat(body).index_select(0, positions_N))
+        scale = float(whole.float().abs().max()) + 1e-6
+        return bool((whole - split).float().abs().max() <= PROBE_TOLERANCE * scale)
+
+
+class Teacher:
+    """The starting model: adapters switched off, or a frozen copy loaded when it is first asked."""
+
+    def __init__(self, student: SelectedLogits, load: Callable[[], SelectedLogits] | None) -> None:
+        self._student = student
+        self._load = load  # None: the student under `disable_adapter`
+        self._copy: SelectedLogits | None = None
+        self._has_dropout = any(
+            isinstance(m, nn.Dropout) and m.p > 0 for m in student.model.modules()
+        )
+        self.probe: str | None = None
+
+    def check(self) -> None:
+        """Refuses a run whose starting model is no longer reachable.
+
+        Raises:
+            TrainingFailed: With adapters off, the probe's logits differ from those before surgery.
+        """
+        if self._load is None and self.probe is not None:
+            with self._switched_off():
+                seen = self._student.probe_hash()
+            if seen != self.probe:
+                raise TrainingFailed(
+                    "With adapters disabled the model differs from the base model, so it can't serve as "
+                    "the teacher.",
+                    "retention.strategies",
+                    "base_changed",
+                )
+
+    def __call__(self, micro: Micro, mask_N: Tensor) -> Tensor:
+        """Logits (S, V) at the positions of the masked rows, in order, without gradient."""
+        rows = torch.unique(micro.row_of_N[mask_N])
+        width = micro.input_ids_BT.shape[1]
+        new_row = torch.full((micro.input_ids_BT.shape[0],), -1, device=rows.device)
+        new_row[rows] = torch.arange(len(rows), device=rows.device)
+        old_positions = micro.positions_N[mask_N]
+        positions = new_row[micro.row_of_N[mask_N]] * width + old_positions % width
+        with torch.no_grad():
+            if self._load is None:
+                with self._switched_off():
+                    return self._student(micro.input_ids_BT[rows], positions)
+            if self._copy is None:
+                with torch.random.fork_rng(devices=[]):
+                    self._copy = self._load()
+            return self._copy(micro.input_ids_BT[rows], positions)
+
+    @contextlib.contextmanager
+    def _switched_off(self) -> Iterator[None]:
+        model: Any = self._student.model
+        quiet = evaluating(model) if self._has_dropout else contextlib.nullcontext()
+        with quiet, model.disable_adapter():
+            yield
+
+
+def student_forward(
+    student: SelectedLogits, teacher: Teacher, micro: Micro, teacher_sources: frozenset[str]
+) -> Forward:
+    """One forward of the student for all strategies; the teacher first, on the rows that need it."""
+    teacher_logits, mask = None, None
+    if teacher_sources:
+        mask = micro.source_mask_N(teacher_sources)
+        if bool(mask.any()):
+            teacher_logits = teacher(micro, mask)
+        else:
+            mask = None
+    logits = student(micro.input_ids_BT, micro.positions_N)
+    return Forward(logits_NV=logits, teacher_logits_NV=teacher_logits, teacher_mask_N=mask)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the former mode after."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _flat(values_BTX: Tensor) -> Tensor:
+    return values_BTX.reshape(-1, values_BTX.shape[-1])

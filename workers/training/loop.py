@@ -1,0 +1,269 @@
+"""The training loop: one step, readable from top to bottom, with the hook order of `strategies.base`."""
+
+# Shape letters: N supervised positions of a micro-batch, V vocabulary.
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from workers.strategies.penalties import apply_pulls
+
+from app.domain.decisions import ControllerState
+from app.domain.messages import StepMetrics
+from app.domain.spec import ResolvedTraining
+from workers.data.batches import DOMAIN, Rows, RowSampler, build_micro, split_micros
+from workers.strategies.base import Context, Forward, Micro, Strategy, Stream
+from workers.training.forward import SelectedLogits, Teacher, student_forward
+from workers.training.ranks import Ranks
+from workers.training.schedule import learning_rate_factor
+
+TASK_TOKENS = "task_tokens"  # what task cross-entropy is divided by
+
+
+@dataclass
+class Run:
+    """A run in memory: what `build.py` made, and where training stands."""
+
+    training: ResolvedTraining
+    model: nn.Module
+    student: SelectedLogits
+    teacher: Teacher
+    optimizer: torch.optim.Optimizer
+    strategies: tuple[Strategy, ...]  # sorted by kind
+    ctx: Context
+    ranks: Ranks
+    stores: Mapping[str, Rows]
+    sampler: RowSampler
+    domain_stream: Stream
+    controller: ControllerState
+    spare_padding: int | None = None
+    streams: tuple[Stream, ...] = ()
+    step: int = 0  # accepted steps; a rollback rewinds it
+    branch: int = 0
+    executed: int = 0  # steps done over all branches; never rewound
+    trained_tokens: int = 0  # supervised and not, over all branches
+    not_finite_in_a_row: int = 0
+    history: list[StepMetrics] = field(default_factory=list)  # of the accepted steps
+
+    def use(self, controller: ControllerState) -> None:
+        """Sets the coefficients in force; effective from the next step."""
+        self.controller = controller
+        self.ctx.coefs = {s.kind: controller.strengths.get(s.kind, 0.0) for s in self.strategies}
+        streams: tuple[Stream, ...] = (self.domain_stream,)
+        for strategy in self.strategies:
+            streams = strategy.edit_streams(self.ctx, streams)
+        self.streams = streams
+
+
+def train_step(run: Run) -> StepMetrics:
+    """One optimiser step; the numbers in brackets are those of the hook order."""
+    started = time.perf_counter()
+    ctx, strategies, params = run.ctx, run.strategies, list(run.ctx.params.values())
+    _seed_step(run)
+    ctx.step = run.step
+    ctx.learning_rates = _set_learning_rates(run)
+    for strategy in strategies:
+        strategy.on_step_start(ctx)  # [5]
+    micros = _next_micros(run)  # [6]
+    counts = run.ranks.sum_counts(_count(run, micros))
+    sources = _teacher_sources(run)
+    meter = _Meter()
+    for micro in micros:
+        out = student_forward(run.student, run.teacher, micro, sources)  # [7]
+        _loss(run, micro, out, counts, meter).backward()  # [8]
+    run.ranks.sum_gradients(params)
+    for strategy in strategies:
+        strategy.add_grads(ctx)  # [9]
+    for strategy in strategies:
+        strategy.edit_grads(ctx)  # [10]
+    grad_norm = float(nn.utils.clip_grad_norm_(params, run.training.max_grad_norm))  # [11]
+    totals = run.ranks.sum_counts(meter.read())
+    is_finite = math.isfinite(grad_norm) and math.isfinite(totals.get("loss", 0.0))
+    if (
+        is_finite
+    ):  # else the weights stay as they are: three such steps in a row end in an evaluation
+        snapshot = _snapshot(run)
+        run.optimizer.step()  # [12]
+        _edit_displacement(run, snapshot)  # [13]
+        for strategy in strategies:
+            strategy.on_step_end(ctx)  # [14]
+    run.optimizer.zero_grad(set_to_none=True)
+    run.not_finite_in_a_row = 0 if is_finite else run.not_finite_in_a_row + 1
+    run.step += 1
+    run.executed += 1
+    run.trained_tokens += int(counts.get("tokens", 0))
+    metrics = _metrics(run, totals, counts, grad_norm, time.perf_counter() - started)
+    run.history.append(metrics)
+    return metrics
+
+
+def _seed_step(run: Run) -> None:
+    """Dropout of a step follows from (seed, steps executed, rank): so it survives resumes and rank counts."""
+    mixed = (run.training.seed * 1_000_003 + run.executed) * 4_099 + run.ranks.rank
+    torch.manual_seed(mixed % (2**63 - 25))
+
+
+def _set_learning_rates(run: Run) -> dict[str, float]:
+    factor = run.controller.learning_rate_scale * learning_rate_factor(run.training, run.step)
+    rates = {}
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+        rates.update(dict.fromkeys(group["names"], float(group["lr"])))
+    return rates
+
+
+def _next_micros(run: Run) -> list[Micro]:
+    """This rank's micro-batches of the step, planned alike on every rank, after every `edit_batch`."""
+    drawn = run.sampler.draw(run.streams)
+    planned = split_micros(
+        drawn,
+        {name: store.lengths for name, store in run.stores.items()},
+        max_tokens=run.training.max_tokens_per_micro_batch,
+        spare_padding=run.spare_padding,
+    )
+    micros = []
+    for rows in planned[run.ranks.rank :: run.ranks.world_size]:
+        micro = build_micro(rows, run.stores, run.ctx.device)
+        for strategy in run.strategies:
+            micro = strategy.edit_batch(run.ctx, micro)
+        if micro.positions_N.numel():
+            micros.append(micro)
+    return micros
+
+
+def _count(run: Run, micros: list[Micro]) -> dict[str, float]:
+    """What each term is divided by, known before the first backward, and the tokens read."""
+    counts: dict[str, float] = {}
+    for micro in micros:
+        own: dict[str, float] = {
+            TASK_TOKENS: float(_task_weights(micro).sum()),
+            "tokens": float(micro.input_ids_BT.numel()),
+        }
+        for strategy in run.strategies:
+            own.update(strategy.count_terms(run.ctx, micro))
+        for key, count in own.items():
+            counts[key] = counts.get(key, 0.0) + count
+    return counts
+
+
+def _task_weights(micro: Micro) -> Tensor:
+    return micro.weights_N * micro.is_task_B[micro.row_of_N]
+
+
+def _teacher_sources(run: Run) -> frozenset[str]:
+    """Rows the teacher must read for the strategies that are turned on."""
+    wanted: frozenset[str] = frozenset()
+    for strategy in run.strategies:
+        needs = strategy.needs()
+        if "teacher_logits" in needs.forward and run.ctx.strength(strategy.kind) > 0:
+            wanted |= needs.teacher_sources
+    return wanted
+
+
+def _loss(
+    run: Run, micro: Micro, out: Forward, counts: Mapping[str, float], meter: "_Meter"
+) -> Tensor:
+    """Sum of coef * numerator / step-wide count over the task's and the strategies' terms."""
+    losses_N = F.cross_entropy(out.logits_NV.float(), micro.targets_N, reduction="none")
+    weighted_N = losses_N * _task_weights(micro)
+    total = weighted_N.sum() / max(counts[TASK_TOKENS], 1e-12)
+    values = {}
+    for strategy in run.strategies:
+        for term in strategy.loss_terms(run.ctx, micro, out):
+            if term.coef != 0.0:
+                addend = term.coef * term.numerator / max(counts[term.denominator_key], 1e-12)
+                total = total + addend
+                values[f"loss/{term.name}"] = addend.detach()
+    meter.add(micro, out.logits_NV, weighted_N, {"loss": total.detach(), **values})
+    return total
+
+
+class _Meter:
+    """Sums of a step, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(
+        self, micro: Micro, logits_NV: Tensor, weighted_N: Tensor, values: Mapping[str, Tensor]
+    ) -> None:
+        with torch.no_grad():
+            is_domain_N = micro.source_mask_N(frozenset({DOMAIN}))
+            right_N = (logits_NV.argmax(-1) == micro.targets_N) & is_domain_N
+            sums = {
+                **values,
+                "domain_nats": (weighted_N.detach() * is_domain_N).sum(),
+                "domain_weight": (_task_weights(micro) * is_domain_N).sum(),
+                "domain_right": right_N.sum(),
+                "domain_tokens": is_domain_N.sum(),
+            }
+            for key, value in sums.items():
+                self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def read(self) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        numbers = torch.stack([value.double() for value in self._sums.values()]).tolist()
+        return dict(zip(self._sums, numbers, strict=True))
+
+
+def _snapshot(run: Run) -> dict[str, Tensor]:
+    """Weights from before the step, only where some strategy edits the displacement."""
+    if not any(strategy.needs().snapshot for strategy in run.strategies):
+        return {}
+    return {name: parameter.detach().clone() for name, parameter in run.ctx.params.items()}
+
+
+def _edit_displacement(run: Run, snapshot: Mapping[str, Tensor]) -> None:
+    """[13a] all pulls in one implicit step, then [13b, c] constraints on the real displacement."""
+    ctx = run.ctx
+    pulls = [pulls for strategy in run.strategies if (pulls := strategy.prox_pulls(ctx))]
+    if pulls:
+        apply_pulls(ctx.params, pulls, ctx.learning_rates)
+    for name, old in snapshot.items():
+        parameter = ctx.params[name]
+        delta = first = parameter.detach() - old
+        for strategy in run.strategies:
+            if strategy.needs().snapshot:
+                delta = strategy.edit_update(ctx, name, old, delta)
+        if delta is not first:
+            with torch.no_grad():
+                parameter.copy_(old + delta)
+
+
+def _metrics(
+    run: Run,
+    totals: Mapping[str, float],
+    counts: Mapping[str, float],
+    grad_norm: float,
+    seconds: float,
+) -> StepMetrics:
+    values: dict[str, float | None] = {"grad_norm": _finite(grad_norm)}
+    values |= {key: _finite(v) for key, v in totals.items() if key.startswith("loss")}
+    for strategy in run.strategies:
+        for name, value in strategy.metrics().items():
+            values[f"strategy/{strategy.kind}/{name}"] = _finite(float(value))
+    first_group: dict[str, Any] = run.optimizer.param_groups[0]
+    return StepMetrics(
+        step=run.step,
+        branch=run.branch,
+        train_loss=_share(totals, "domain_nats", "domain_weight"),
+        train_mean_token_accuracy=_share(totals, "domain_right", "domain_tokens"),
+        learning_rate=float(first_group["lr"]),
+        tokens=int(counts.get("tokens", 0)),
+        seconds=seconds,
+        values=values,
+    )
+
+
+def _share(totals: Mapping[str, float], part: str, whole: str) -> float | None:
+    return _finite(totals[part] / totals[whole]) if totals.get(whole) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

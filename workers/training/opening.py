@@ -1,0 +1,141 @@
+"""How an attempt begins: rows are read, the model is built, and the session is put together."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
+from workers.data.tokens import TokenStore, load_tokens
+from workers.evaluation.evaluate import evaluate, validation_loss
+
+from app.domain.policy import Policy
+from app.domain.runplan import BasePlan, BenchmarkPlan, RowsPlan, RunPlan
+from workers.training.blend import make_blend
+from workers.training.build import build_run, load_tokenizer
+from workers.training.conversation import Conversation
+from workers.training.forward import evaluating
+from workers.training.ranks import Ranks
+from workers.training.session import Session
+from workers.training.suite import Indices, Measured, Suite, most_gate_items
+
+TIMED_STEPS = 5  # before the evaluation budget is spent; the first is a warm-up
+
+
+def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.device) -> Session:
+    """Loads rows and model at step 0 of the plan.
+
+    Raises:
+        TrainingFailed: The rows can't be trained on, or the model can't be built as asked.
+    """
+    talk.progress(
+        now=True,
+        branch=plan.branch,
+        step=0,
+        total_steps=plan.training.total_steps,
+        seconds_remaining=None,
+        trained_tokens=0,
+        phase="loading",
+    )
+    tokenizer = load_tokenizer(plan.base)
+    template = chat_template(plan.base)
+    files = {
+        "training": plan.training_rows,
+        "general": plan.general_rows,
+        "validation": plan.validation_rows,
+    }
+    stores = {
+        name: _load_rows(plan, name, rows, tokenizer, talk)
+        for name, rows in files.items()
+        if rows is not None
+    }
+    validation = stores.pop("validation", None)
+    run = build_run(plan, stores, ranks, device)
+    policy = plan.policy or Policy()
+    budget = plan.training.max_tokens_per_micro_batch
+
+    def score(benchmark: BenchmarkPlan, indices: Indices) -> Measured:
+        with evaluating(run.model), run.student.precision(device):
+            scores, tokens = evaluate(
+                run.model,
+                tokenizer,
+                benchmark,
+                indices,
+                chat_template=template,
+                token_budget=budget,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+        merged = None if tokens is None else ranks.merge_scores(tokens)
+        return Measured(ranks.merge_scores(scores), merged)
+
+    def validate() -> tuple[float | None, float | None]:
+        if validation is None:
+            return None, None
+        with evaluating(run.model), run.student.precision(device):
+            return validation_loss(run.model, validation, token_budget=budget)
+
+    return Session(
+        plan=plan,
+        run=run,
+        talk=talk,
+        tokenizer=tokenizer,
+        suite=Suite.read(plan.benchmarks, score, plan.gate_items or most_gate_items(policy)),
+        validate=validate,
+        blend=lambda: make_blend(run, plan.base),
+        is_planned=is_planned(plan),
+        eval_interval=first_interval(plan, run.ctx.num_training_rows),
+        first_eval_step=1 if _interval_is_fixed(plan) else TIMED_STEPS + 1,
+    )
+
+
+def chat_template(base: BasePlan) -> str | None:
+    """The built-in template where the base has none; None uses the tokenizer's own."""
+    return DEFAULT_CHAT_TEMPLATE if base.default_template else None
+
+
+def is_planned(plan: RunPlan) -> bool:
+    """Whether nothing is left for the evaluation budget to choose."""
+    if plan.policy is None or not plan.benchmarks:
+        return True
+    has_interval = plan.eval_interval is not None or plan.policy.eval_interval is not None
+    return has_interval and (plan.gate_items or plan.policy.gate_items) is not None
+
+
+def first_interval(plan: RunPlan, num_rows: int) -> int:
+    """Steps between evaluations as far as plan and policy say; an epoch without a suite; 0: not chosen yet."""
+    if plan.eval_interval is not None:
+        return plan.eval_interval
+    asked = "epoch" if plan.policy is None else plan.policy.eval_interval
+    if asked is None and plan.benchmarks:
+        return 0
+    return asked if isinstance(asked, int) else steps_per_epoch(plan, num_rows)
+
+
+def steps_per_epoch(plan: RunPlan, num_rows: int) -> int:
+    """Steps that read every training row once, the last one rounded up."""
+    return max(math.ceil(num_rows / plan.training.batch_size), 1)
+
+
+def _interval_is_fixed(plan: RunPlan) -> bool:
+    """Whether the job itself says when it is evaluated; the answer is the same after a resume."""
+    return plan.policy is None or plan.policy.eval_interval is not None or not plan.benchmarks
+
+
+def _load_rows(
+    plan: RunPlan,
+    name: str,
+    rows: RowsPlan,
+    tokenizer: Any,  # noqa: ANN401 - transformers has no types
+    talk: Conversation,
+) -> TokenStore:
+    store = load_tokens(
+        rows,
+        tokenizer,
+        chat_template=chat_template(plan.base),
+        max_seq_length=plan.training.max_seq_length,
+        cache_directory=Path(plan.cache_directory),
+    )
+    for finding in store.findings:
+        talk.note("warn", finding.code, f"{name}: {finding.message}", lines=list(finding.lines))
+    return store

@@ -1,0 +1,274 @@
+"""An attempt under way: the run, its suite, and the operations between steps."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from app.domain.decisions import ControllerState
+from app.domain.messages import (
+    CheckpointSaved,
+    DecisionReply,
+    Evaluated,
+    Order,
+    OrderApplied,
+    Repaired,
+    RollBack,
+)
+from app.domain.policy import Policy
+from app.domain.runplan import RunPlan
+from app.domain.sensing import holds, read_sensor
+from workers.training.checkpoints import DiskFull, load_checkpoint, make_carry, save_checkpoint
+from workers.training.conversation import Conversation
+from workers.training.loop import Run
+from workers.training.suite import Suite
+
+NOT_FINITE_LIMIT = 3  # such steps in a row end in an evaluation
+REPAIR_STEPS = 20  # the search's grid is alpha = k / 20
+RECENT_STEPS = 50  # behind the estimate of the remaining time
+
+
+class Blend(Protocol):
+    """The line from the base to the weights that a run had when it was made."""
+
+    def apply(self, alpha: float) -> None:
+        """Sets the run's weights to the point `alpha`: 0 is the base, 1 what they were, both exactly."""
+        ...
+
+
+@dataclass
+class Session:
+    """What an attempt holds beside its run."""
+
+    plan: RunPlan
+    run: Run
+    talk: Conversation
+    tokenizer: Any
+    suite: Suite
+    validate: Callable[[], tuple[float | None, float | None]]  # nats per token, token accuracy
+    blend: Callable[[], Blend]
+    is_planned: bool  # the evaluation budget has chosen what the job left open
+    eval_interval: int  # steps; 0: not chosen yet
+    first_eval_step: (
+        int  # where the budget chose the interval, the steps it timed are not evaluated
+    )
+    has_started: bool = False  # there is a state worth a checkpoint
+    orders: list[Order] = field(default_factory=list)  # not applied yet
+    saved_at: tuple[int, int] | None = None  # (branch, step) of the last checkpoint
+    saved_bytes: int = 0
+    phase: str = "loading"
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    phase_began: float = field(default_factory=time.perf_counter)
+    evaluation_seconds: float = 0.0  # of the last one
+
+    @property
+    def scratch(self) -> Path:
+        """The job's scratch directory."""
+        return Path(self.plan.scratch_directory)
+
+    def enter(self, phase: str) -> None:
+        """Starts a phase, and says so."""
+        moment = time.perf_counter()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + moment - self.phase_began
+        self.phase, self.phase_began = phase, moment
+        self.report(now=True)
+
+    def report(self, *, now: bool = False) -> None:
+        """Progress, at most once a second unless `now`."""
+        run = self.run
+        self.talk.progress(
+            now=now,
+            branch=run.branch,
+            step=run.step,
+            total_steps=run.training.total_steps,
+            seconds_remaining=self._seconds_remaining(),
+            trained_tokens=run.trained_tokens,
+            phase=self.phase,
+        )
+
+    def _seconds_remaining(self) -> float | None:
+        recent = self.run.history[-RECENT_STEPS:]
+        if not recent:
+            return None
+        left = self.run.training.total_steps - self.run.step
+        evaluations = left / self.eval_interval if self.eval_interval else 0.0
+        seconds = statistics.median(row.seconds for row in recent)
+        return left * seconds + evaluations * self.evaluation_seconds
+
+
+def is_evaluation_point(session: Session) -> bool:
+    """Whether the step just done is evaluated: by the calendar, at the end, or for losses gone bad."""
+    step = session.run.step
+    if step == session.run.training.total_steps:
+        return True
+    if session.run.not_finite_in_a_row >= NOT_FINITE_LIMIT:
+        return True
+    on_calendar = session.eval_interval > 0 and step % session.eval_interval == 0
+    return on_calendar and step >= session.first_eval_step
+
+
+def is_checkpoint_point(session: Session) -> bool:
+    """Whether a checkpoint is due that no evaluation asks for."""
+    interval = session.run.training.checkpoint_interval
+    return interval is not None and session.run.step % interval == 0
+
+
+def save(session: Session, *, is_evaluated: bool) -> bool:
+    """Saves and registers a checkpoint; False where the disk is full, which is only warned of."""
+    run, talk = session.run, session.talk
+    saved, problem = None, False
+    if run.ranks.is_speaker:
+        try:
+            saved = save_checkpoint(
+                run, session.scratch, session.plan.attempt, last_size=session.saved_bytes
+            )
+        except DiskFull:
+            problem = True
+            talk.note(
+                "warn",
+                "disk_full",
+                f"No room for the checkpoint of step {run.step}; training goes on without it.",
+                step=run.step,
+            )
+    if run.ranks.broadcast(problem):
+        return False
+    last = run.history[-1] if run.history else None
+    metrics = {
+        "train_loss": None if last is None else last.train_loss,
+        "train_mean_token_accuracy": None if last is None else last.train_mean_token_accuracy,
+    }
+    talk.ask(
+        CheckpointSaved(
+            id=talk.next_id(),
+            branch=run.branch,
+            step=run.step,
+            directory="" if saved is None else str(saved.directory),
+            manifest_sha256="" if saved is None else saved.manifest_sha256,
+            size_bytes=0 if saved is None else saved.size_bytes,
+            metrics=metrics,
+            is_evaluated=is_evaluated,
+        )
+    )
+    session.saved_at = (run.branch, run.step)
+    session.saved_bytes = 0 if saved is None else saved.size_bytes
+    return True
+
+
+def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
+    """Saves the checkpoint, measures it and waits for the decision; None where the disk is full."""
+    run, talk = session.run, session.talk
+    started = time.perf_counter()
+    came_from = session.phase
+    session.enter("evaluating")
+    if not save(session, is_evaluated=True):
+        if is_last:
+            raise OSError("no room for the last checkpoint")  # a crash: tried again elsewhere
+        session.enter(came_from)
+        return None
+    marks = session.suite.measure("gate")
+    valid_loss, valid_accuracy = session.validate()
+    window = run.history[-max(session.eval_interval, 1) :]
+    losses = [row.train_loss for row in window]
+    train_loss = (
+        sum(x for x in losses if x is not None) / len(losses) if None not in losses else None
+    )
+    is_finite = run.not_finite_in_a_row < NOT_FINITE_LIMIT
+    has_bad_validation = valid_loss is not None and not math.isfinite(valid_loss)
+    session.evaluation_seconds = time.perf_counter() - started
+    for strategy in run.strategies:
+        strategy.on_eval(run.ctx, {} if valid_loss is None else {"valid_loss": valid_loss})
+    reply = talk.ask_decision(
+        Evaluated(
+            id=talk.next_id(),
+            branch=run.branch,
+            step=run.step,
+            is_last=is_last,
+            scores=session.suite.packed(marks, "gate"),
+            valid_loss=_finite(valid_loss),
+            valid_mean_token_accuracy=_finite(valid_accuracy),
+            train_loss=train_loss if losses else None,
+            seconds=session.evaluation_seconds,
+            carry=make_carry(run),
+            losses_finite=is_finite and not has_bad_validation,
+        )
+    )
+    session.enter(came_from)
+    return reply
+
+
+def carry_out(session: Session, reply: DecisionReply) -> bool:
+    """Repair, coefficients, rollback, in this order; True when the run is to end here."""
+    run = session.run
+    run.not_finite_in_a_row = 0
+    if reply.repair:
+        repair(session)
+    run.use(reply.state)
+    if reply.roll_back is not None:
+        roll_back(session, reply.roll_back, reply.state)
+    return reply.finish
+
+
+def roll_back(session: Session, target: RollBack, state: ControllerState) -> None:
+    """Takes up the target's weights, optimiser, strategies and step; cursors and RNGs run on."""
+    run = session.run
+    load_checkpoint(run, Path(target.checkpoint_directory), keep_carry=True)
+    run.branch = target.branch
+    run.use(state)
+
+
+def repair(session: Session) -> None:
+    """Sets the weights to the point nearest to them, on the line from the base, that holds on gate items.
+
+    The search halves the grid as if drops fell along the line; what it takes has been measured to hold.
+    Where no point above the base holds, nothing is changed.
+    """
+    run, talk, policy = session.run, session.talk, session.plan.policy or Policy()
+    blend = session.blend()
+    tried: dict[str, float | None] = {}
+    low, high = 0, REPAIR_STEPS  # low holds, or is the base; high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        blend.apply(middle / REPAIR_STEPS)
+        sensed = session.suite.sensed(session.suite.measure("gate"), "gate")
+        tried[f"{middle / REPAIR_STEPS:g}"] = read_sensor(policy, sensed, look=1).drop
+        low, high = (middle, high) if holds(policy, sensed) else (low, middle)
+    alpha = low / REPAIR_STEPS if low else 1.0
+    blend.apply(alpha)
+    talk.ask(
+        Repaired(id=talk.next_id(), branch=run.branch, step=run.step, alpha=alpha, tried=tried)
+    )
+
+
+def obey(session: Session) -> Literal["pause", "cancel", "drain", "finish"] | None:
+    """Applies the orders that are due before the next step; says how to leave, if so told."""
+    run, talk = session.run, session.talk
+    orders, stop = talk.hear()
+    session.orders += orders
+    is_finishing = False
+    for order in [o for o in session.orders if _is_due(o, run)]:
+        session.orders.remove(order)
+        if order.effective_step is None:  # else it is applied again, after a resume
+            talk.tell(
+                OrderApplied(
+                    id=talk.next_id(), version=order.version, branch=run.branch, step=run.step + 1
+                )
+            )
+        run.use(order.state)
+        if order.roll_back is not None:
+            roll_back(session, order.roll_back, order.state)
+        is_finishing |= order.stop
+    return stop or ("finish" if is_finishing else None)
+
+
+def _is_due(order: Order, run: Run) -> bool:
+    """An order takes effect at the first boundary of its branch, or again where it did before."""
+    if order.branch != run.branch:
+        return False
+    return order.effective_step is None or order.effective_step == run.step + 1
+
+
+def _finite(value: Any) -> float | None:  # noqa: ANN401 - a float or None
+    return value if value is not None and math.isfinite(value) else None
