@@ -42,3 +42,13 @@ def parse_id(kind: str, text: str, *, param: str | None = None) -> UUID:
         return UUID(hex=body)
     except ValueError:
         raise NotFound(f"No {kind.replace('_', ' ')} has the id '{text[:80]}'.", param) from None
+
+
+def model_version_name(base: str, project: str, suffix: str | None, key: UUID) -> str:
+    """The name of a published version: `ft:<base>:<project>:<suffix>:<8 hex digits>`, as OpenAI writes it."""
+    return f"ft:{base}:{project}:{suffix or ''}:{key.hex[:8]}"
+
+
+def checkpoint_name(version_name: str, step: int) -> str:
+    """The model name of a checkpoint: its version's (or job's would-be version's) with the step."""
+    return f"{version_name}:ckpt-step-{step}"

@@ -120,3 +120,12 @@ class JobSpec(Frozen):
     strategies: tuple[StrategyConfig, ...]  # empty: plain training
     strategies_why: str | None  # what `auto` chose and why
     policy: Policy | None  # None: retention off, or no suite to watch
+
+
+class ExportSpec(Frozen):
+    """What an export job does: writes one point of a job's line from base to tuned as a model version."""
+
+    source_job_id: str  # public id of the fine-tuning job
+    checkpoint_id: str  # public id of the tuned checkpoint
+    model_version_id: str  # uuid of the pending model version, 32 hex digits
+    alpha: float = Field(ge=0, le=1)
