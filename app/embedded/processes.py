@@ -101,21 +101,29 @@ def log_tail(log: Path, num_lines: int = 8) -> str:
 
 
 def choose_identity(binary: Path, directory: Path) -> Identity:
-    """How a server that refuses root can run here: the first mode in which `binary` really executes.
+    """How Postgres, which refuses root and users without a name, can run here.
+
+    Returns:
+        The first mode in which `binary` really executes.
 
     Raises:
         ServerFailed: Root may neither make a user namespace nor change its user id.
     """
-    if os.geteuid() != 0:
-        return Identity(owner=os.geteuid())
-    user = _unprivileged_user()
-    tries = (Identity("userns", user, 0), Identity("setuid", user, user))
+    uid = os.geteuid()
+    accounts = {entry.pw_uid: entry.pw_name for entry in pwd.getpwall() if entry.pw_uid != 0}
+    plain = Identity(owner=uid)
+    if uid in accounts or not accounts:
+        return plain
+    user = next((number for number, name in accounts.items() if name == "nobody"), min(accounts))
     failures = []
-    for identity in tries:
+    for mode, owner in (("userns", uid), ("setuid", user)):
+        identity = Identity(mode, user, owner)
         error = _probe(binary, directory, identity)
         if error is None:
             return identity
-        failures.append(f"{identity.mode}: {error}")
+        failures.append(f"{mode}: {error}")
+    if uid != 0:
+        return plain  # only a first start needs the name; initdb says so
     raise ServerFailed(
         "Postgres will not run as root, and no other user id can be taken here ("
         + "; ".join(failures)
@@ -192,13 +200,3 @@ def _probe(binary: Path, directory: Path, identity: Identity) -> str | None:
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-
-
-def _unprivileged_user() -> int:
-    """`nobody`, else any account: initdb insists on a user id that has a name."""
-    accounts = {entry.pw_name: entry.pw_uid for entry in pwd.getpwall() if entry.pw_uid != 0}
-    if not accounts:
-        raise ServerFailed(
-            "Postgres needs a user other than root, and the system has none. Set RETAIN_DATABASE_URL."
-        )
-    return accounts.get("nobody") or next(iter(accounts.values()))
