@@ -1,0 +1,303 @@
+"""Training rows and benchmark items as they arrive in files: their shapes, and the check of a file."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from typing import Any, Final, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from app.domain.benchmarks import (
+    ITEM_TYPES,
+    ExactMatchItem,
+    MultipleChoiceItem,
+    NllItem,
+    Scorer,
+)
+from app.domain.frozen import Frozen
+from app.domain.jsonlines import (
+    INVALID_ROW,
+    describe_invalid,
+    number_lines,
+    parse_object,
+    refuse_line,
+    validate_line,
+)
+from app.errors import BadRequest
+
+TRAINING_FILE: Final = "training_file"
+
+
+class RowFormat(StrEnum):
+    """How the rows of a file are written; one format a file."""
+
+    CHAT = "chat"  # {"messages": [...], "tools"?: [...]}; assistant turns are learned
+    COMPLETION = "completion"  # {"prompt", "completion"}; the completion is learned
+    TEXT = "text"  # {"text"}; every token is learned
+
+
+class FunctionCall(Frozen):
+    """What an assistant calls; `arguments` is JSON text, as OpenAI writes it, or the object itself."""
+
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(Frozen):
+    """One call of an assistant turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Frozen):
+    """One turn; `weight` 0 takes an assistant turn out of the loss."""
+
+    role: Literal["system", "user", "assistant", "tool", "developer"]
+    content: str | None = None
+    weight: Literal[0, 1] | None = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = Field(default=None, min_length=1)
+    tool_call_id: str | None = None
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _true_is_no_weight(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("must be 0 or 1, not true or false")  # noqa: TRY004 - pydantic's protocol
+        return value
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        is_assistant = self.role == "assistant"
+        if self.content is None and not (is_assistant and self.tool_calls):
+            raise ValueError("content: must be a string (null only beside tool_calls)")
+        if self.weight is not None and not is_assistant:
+            raise ValueError("weight: only an assistant message has one")
+        if self.tool_calls is not None and not is_assistant:
+            raise ValueError("tool_calls: only an assistant message has them")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("tool_call_id: only a tool message has one")
+        return self
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the turn's tokens are in the loss."""
+        return self.role == "assistant" and self.weight != 0
+
+
+class ChatRow(Frozen):
+    """A conversation; every assistant turn counts unless its weight is 0."""
+
+    messages: tuple[Message, ...] = Field(min_length=1)
+    tools: tuple[dict[str, Any], ...] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Self:
+        if not any(message.is_learned for message in self.messages):
+            raise ValueError("messages: no assistant message with a weight other than 0")
+        return self
+
+
+class CompletionRow(Frozen):
+    """A prompt, taken as it stands, and what should follow it."""
+
+    prompt: str
+    completion: str = Field(min_length=1)
+
+
+class TextRow(Frozen):
+    """Plain text for continued pre-training."""
+
+    text: str = Field(min_length=1)
+
+
+Row = ChatRow | CompletionRow | TextRow
+Item = MultipleChoiceItem | ExactMatchItem | NllItem
+
+ROW_TYPES: Final[dict[RowFormat, type[ChatRow] | type[CompletionRow] | type[TextRow]]] = {
+    RowFormat.CHAT: ChatRow,
+    RowFormat.COMPLETION: CompletionRow,
+    RowFormat.TEXT: TextRow,
+}
+
+
+class RowsReport(Frozen):
+    """What a checked file of training rows holds."""
+
+    format: RowFormat
+    num_rows: int
+    num_bytes: int
+    num_learned_turns: int  # assistant turns in the loss; rows for the other formats
+
+
+class ItemsReport(Frozen):
+    """What a checked benchmark file holds; `ids_sha256` covers the ids in file order."""
+
+    scorer: Scorer
+    num_items: int
+    num_bytes: int
+    ids_sha256: str
+    chance_level: float
+
+
+def row_format(row: Row) -> RowFormat:
+    """The format a row is written in."""
+    if isinstance(row, ChatRow):
+        return RowFormat.CHAT
+    return RowFormat.COMPLETION if isinstance(row, CompletionRow) else RowFormat.TEXT
+
+
+def parse_row(line: bytes | str, *, line_number: int, param: str = TRAINING_FILE) -> Row:
+    """One line of a file of training rows.
+
+    Args:
+        line: With or without its line break.
+        line_number: Counted from 1.
+        param: The request field that named the file.
+
+    Raises:
+        BadRequest: With code `invalid_row`; `training_file line 3: messages.1.content: ...`.
+    """
+    value = parse_object(line, line_number=line_number, param=param)
+    kinds = [
+        kind
+        for kind, keys in (
+            (RowFormat.CHAT, ("messages",)),
+            (RowFormat.COMPLETION, ("prompt", "completion")),
+            (RowFormat.TEXT, ("text",)),
+        )
+        if any(key in value for key in keys)
+    ]
+    if len(kinds) != 1:
+        refuse_line(
+            param,
+            line_number,
+            "must have exactly one of `messages`, `prompt` with `completion`, or `text`",
+        )
+    return validate_line(ROW_TYPES[kinds[0]], value, line_number=line_number, param=param)
+
+
+def iter_rows(
+    lines: Iterable[bytes | str], *, param: str = TRAINING_FILE
+) -> Iterator[tuple[int, Row]]:
+    """Each row of a file with its line number.
+
+    Raises:
+        BadRequest: A bad line, or one in another format than the first.
+    """
+    wanted: RowFormat | None = None
+    for number, line in number_lines(lines, param=param):
+        row = parse_row(line, line_number=number, param=param)
+        found = row_format(row)
+        if wanted is not None and found is not wanted:
+            refuse_line(
+                param, number, f"is a {found} row in a file of {wanted} rows; use one format"
+            )
+        wanted = found
+        yield number, row
+
+
+def check_rows(lines: Iterable[bytes | str], *, param: str = TRAINING_FILE) -> RowsReport:
+    """Reads a whole file of training rows, one line at a time.
+
+    Raises:
+        BadRequest: The first bad line, or no line at all.
+    """
+    num_rows = num_turns = 0
+    found: RowFormat | None = None
+    counted = _Counted(lines)
+    for _, row in iter_rows(counted, param=param):
+        num_rows += 1
+        found = row_format(row)
+        num_turns += sum(m.is_learned for m in row.messages) if isinstance(row, ChatRow) else 1
+    if found is None:
+        raise BadRequest(f"{param}: the file has no rows", param, INVALID_ROW)
+    return RowsReport(
+        format=found, num_rows=num_rows, num_bytes=counted.num_bytes, num_learned_turns=num_turns
+    )
+
+
+def parse_item(line: bytes | str, scorer: Scorer, *, line_number: int, param: str = "file") -> Item:
+    """One line of a benchmark file.
+
+    Raises:
+        BadRequest: With code `invalid_row`; the message names line and field.
+    """
+    value = parse_object(line, line_number=line_number, param=param)
+    item = validate_line(ITEM_TYPES[scorer], value, line_number=line_number, param=param)
+    if isinstance(item, NllItem) and item.messages is not None:
+        try:
+            ChatRow.model_validate({"messages": item.messages})
+        except ValidationError as error:
+            refuse_line(param, line_number, describe_invalid(error))
+    return item
+
+
+def iter_items(
+    lines: Iterable[bytes | str], scorer: Scorer, *, param: str = "file"
+) -> Iterator[tuple[int, Item]]:
+    """Each item of a benchmark file with its line number.
+
+    Raises:
+        BadRequest: A bad line, or an id that occurred before.
+    """
+    first_line: dict[str, int] = {}
+    for number, line in number_lines(lines, param=param):
+        item = parse_item(line, scorer, line_number=number, param=param)
+        earlier = first_line.setdefault(item.id, number)
+        if earlier != number:
+            refuse_line(param, number, f"id: the same as on line {earlier}")
+        yield number, item
+
+
+def check_items(
+    lines: Iterable[bytes | str], scorer: Scorer, *, param: str = "file"
+) -> ItemsReport:
+    """Reads a whole benchmark file, one line at a time.
+
+    Raises:
+        BadRequest: The first bad line, an id that occurs twice, or no line at all.
+    """
+    digest = hashlib.sha256()
+    counted = _Counted(lines)
+    num_items, chance = 0, 0.0
+    for _, item in iter_items(counted, scorer, param=param):
+        num_items += 1
+        chance += _item_chance(item)
+        digest.update(json.dumps(item.id).encode() + b"\n")
+    if not num_items:
+        raise BadRequest(f"{param}: the file has no items", param, INVALID_ROW)
+    return ItemsReport(
+        scorer=scorer,
+        num_items=num_items,
+        num_bytes=counted.num_bytes,
+        ids_sha256=digest.hexdigest(),
+        chance_level=chance / num_items,
+    )
+
+
+def chance_level(items: Iterable[Item]) -> float:
+    """Mean score of blind guessing: the mean of 1 / number of choices; 0 for the other scorers."""
+    chances = [_item_chance(item) for item in items]
+    return sum(chances) / len(chances) if chances else 0.0
+
+
+def _item_chance(item: Item) -> float:
+    return 1 / len(item.choices) if isinstance(item, MultipleChoiceItem) else 0.0
+
+
+class _Counted:
+    """Passes lines on and counts their bytes."""
+
+    def __init__(self, lines: Iterable[bytes | str]) -> None:
+        self._lines = lines
+        self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[bytes | str]:
+        for line in self._lines:
+            self.num_bytes += len(line) if isinstance(line, bytes) else len(line.encode())
+            yield line
