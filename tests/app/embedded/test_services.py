@@ -15,7 +15,13 @@ import psycopg
 import pytest
 import redis
 
-from app.embedded import DataDirectoryInUse, EmbeddedServices, Endpoints, operator_database
+from app.embedded import (
+    DataDirectoryInUse,
+    EmbeddedServices,
+    Endpoints,
+    operator_database,
+    postgres,
+)
 from app.embedded.postgres import EmbeddedPostgres
 from app.embedded.processes import Identity, process_lines
 from app.settings import Settings
@@ -236,9 +242,16 @@ def test_a_command_leaves_a_replaced_database_alone(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 @pytest.mark.parametrize("mode", ["userns", "setuid"])
-def test_root_runs_it_below_a_directory_that_nobody_else_may_enter(mode: str) -> None:
+def test_root_runs_it_below_a_directory_that_nobody_else_may_enter(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = Path(tempfile.mkdtemp(prefix="retain-home-"))
     home.chmod(0o700)
+    wheel = postgres.WHEEL  # the virtual environment lies there too
+    assert wheel is not None
+    for part in (wheel, wheel.with_name(wheel.name + ".libs")):
+        subprocess.run(["cp", "-r", str(part), str(home)], check=True)
+    monkeypatch.setattr(postgres, "WHEEL", home / wheel.name)
     identity = Identity(mode, 65534, 0 if mode == "userns" else 65534)
     server = EmbeddedPostgres(
         home / "x" / "postgres", home / "log", is_durable=False, identity=identity
