@@ -292,7 +292,9 @@ def _roll_back(
 
 def _target(look: Look) -> CheckpointFact | None:
     """The last good checkpoint, else the last unproven one, else the start."""
-    before = [c for c in look.checkpoints if (c.branch, c.step) != (look.branch, look.step)]
+    before = [
+        c for c in look.checkpoints if c.step == 0 or (c.branch, c.step) != (look.branch, look.step)
+    ]
     for status in ("good", "unproven"):
         matching = [c for c in before if c.status == status and c.step > 0]
         if matching:

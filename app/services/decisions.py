@@ -1,0 +1,196 @@
+"""Carrying a decision out in the database: row, coefficients, rollback, event and webhooks."""
+
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from app.db.models import Checkpoint, DecisionRow, Job
+from app.db.repositories.history import HistoryRepository
+from app.domain.controller import decide
+from app.domain.decisions import (
+    Action,
+    CheckpointFact,
+    ControllerState,
+    Decision,
+    LeverState,
+    Look,
+    Reading,
+    Verdict,
+)
+from app.domain.identifiers import public_id
+from app.domain.levers import build_levers, initial_state
+from app.domain.messages import PublishTarget, RollBack
+from app.domain.policy import Policy
+from app.domain.publishing import choose_checkpoint
+from app.domain.spec import JobSpec
+from app.services.events import add_job_event
+from app.services.webhooks import emit_event
+
+START = "start"  # the checkpoint id of step 0 where none was saved: the base as the job got it
+RUN = "run"  # origin of decisions on the trainer's own evaluations
+WEBHOOKS = {
+    Action.RAISE_STRENGTH: "retention.strength_raised",
+    Action.LOWER_STRENGTH: "retention.strength_lowered",
+    Action.LOWER_LEARNING_RATE: "retention.learning_rate_lowered",
+    Action.REPAIR: "retention.repaired",
+    Action.ROLL_BACK: "retention.rolled_back",
+    Action.STOP: "retention.stopped",
+}
+CALM = frozenset({Action.KEEP, Action.LOWER_STRENGTH})
+
+
+def apply_decision(
+    session: Session, job: Job, policy: Policy, look: Look, *, origin: str
+) -> DecisionRow:
+    """Decides on a look and writes all that follows from it: row, coefficients, rollback, event and webhooks.
+
+    Args:
+        session: The caller's transaction, which holds the job's row lock.
+        job: The job.
+        policy: Its policy.
+        look: The evidence.
+        origin: `run`, or `external:<evaluation id>`.
+    """
+    levers, before = _controller(job, policy)
+    decision = decide(policy, levers, before, look)
+    row = DecisionRow(
+        project_id=job.project_id,
+        job_id=job.id,
+        branch=look.branch,
+        step=look.step,
+        origin=origin,
+        look=look.reading.look,
+        action=decision.action.value,
+        code=decision.code,
+        reason=decision.reason,
+        state="applied",
+        evidence={
+            "policy": policy.model_dump(mode="json"),
+            "levers": [lever.model_dump(mode="json") for lever in levers],
+            "state": before.model_dump(mode="json"),
+            "look": look.model_dump(mode="json"),
+        },
+        decision=decision.model_dump(mode="json"),
+        reply={},
+    )
+    job.controller_state = decision.state.model_dump(mode="json")
+    if decision.action is Action.ROLL_BACK:
+        row.target_checkpoint_id = _rewind(session, job, decision)
+    session.add(row)
+    session.flush()
+    _tell(session, job, row, look.reading, decision)
+    return row
+
+
+def list_facts(history: HistoryRepository, job: Job) -> tuple[CheckpointFact, ...]:
+    """The valid checkpoints as `decide` sees them: evaluated ones, and the start always."""
+    facts = [
+        CheckpointFact(
+            checkpoint_id=str(found.id),
+            branch=found.branch,
+            step=found.step,
+            status=found.status.value,
+            valid_loss=found.valid_loss,
+        )
+        for found in history.list_valid_checkpoints(job.id)
+        if found.is_evaluated or found.step == 0
+    ]
+    if not any(fact.step == 0 for fact in facts):
+        start = CheckpointFact(
+            checkpoint_id=START, branch=0, step=0, status="good", valid_loss=None
+        )
+        facts.insert(0, start)
+    return tuple(facts)
+
+
+def roll_back_of(history: HistoryRepository, job: Job) -> RollBack:
+    """The rollback to where the job stands now; the directory is the path under the storage root."""
+    found = next((c for c in history.list_valid_checkpoints(job.id) if c.id == job.ckpt_id), None)
+    return RollBack(
+        checkpoint_id=START if found is None else str(found.id),
+        checkpoint_directory="" if found is None else found.path,
+        step=job.step,
+        branch=job.branch,
+    )
+
+
+def find_publish_target(
+    history: HistoryRepository, job: Job, policy: Policy | None
+) -> PublishTarget | None:
+    """The checkpoint to publish; None when the policy allows none. The directory is the path under the storage root."""
+    chosen = choose_checkpoint(list_facts(history, job), policy)
+    if chosen is None:
+        return None
+    found = next(
+        c for c in history.list_valid_checkpoints(job.id) if str(c.id) == chosen.checkpoint_id
+    )
+    return PublishTarget(
+        checkpoint_id=chosen.checkpoint_id,
+        checkpoint_directory=found.path,
+        branch=chosen.branch,
+        step=chosen.step,
+        status="good" if chosen.status == "good" else "unproven",
+    )
+
+
+def _controller(job: Job, policy: Policy) -> tuple[tuple[LeverState, ...], ControllerState]:
+    spec = JobSpec.model_validate(job.spec)
+    is_lora = spec.training.type == "lora"
+    levers = build_levers(spec.strategies, policy, lora=is_lora)
+    if job.controller_state is None:
+        return levers, initial_state(spec.strategies, lora=is_lora)
+    return levers, ControllerState.model_validate(job.controller_state)
+
+
+def _rewind(session: Session, job: Job, decision: Decision) -> UUID | None:
+    """Moves the job to a rollback's target on a new branch; the checkpoints after it are superseded."""
+    target_id = decision.target_checkpoint_id
+    target = None
+    if target_id is not None and target_id != START:
+        target = session.get_one(Checkpoint, UUID(target_id))
+    job.branch = decision.state.branch
+    job.step = 0 if target is None else target.step
+    job.ckpt_id = None if target is None else target.id
+    HistoryRepository(session).supersede_after(job.id, job.step)
+    return job.ckpt_id
+
+
+def _tell(
+    session: Session, job: Job, row: DecisionRow, reading: Reading, decision: Decision
+) -> None:
+    """The job event of a decision, and webhooks for what the project's platforms act on."""
+    data: dict[str, Any] = {
+        "code": "decision",
+        "decision": {
+            "id": public_id("decision", row.id),
+            "branch": row.branch,
+            "step": row.step,
+            "look": row.look,
+            "origin": row.origin,
+            "verdict": reading.verdict.value,
+            "drop": reading.drop,
+            "lower": reading.lower,
+            "upper": reading.upper,
+            "max_drop": reading.limit,
+            "action": row.action,
+            "code": row.code,
+            "reason": row.reason,
+            "lever": decision.lever,
+            "before": row.evidence["state"],
+            "after": decision.state.model_dump(mode="json"),
+            "alternatives": list(decision.alternatives),
+        },
+    }
+    calm = decision.action in CALM or decision.code == "early_stopping"
+    add_job_event(
+        session,
+        job,
+        level="info" if calm else "warn",
+        message=f"Step {row.step}: {row.action}. {row.reason}",
+        data=data,
+    )
+    types = ["retention.regression_detected"] if reading.verdict is Verdict.REGRESS else []
+    types += [WEBHOOKS[decision.action]] if decision.action in WEBHOOKS else []
+    for kind in types:
+        emit_event(session, project_id=job.project_id, type=kind, data=data["decision"], job=job)
