@@ -73,6 +73,11 @@ class FileRepository:
         query = query.order_by(File.seq.desc() if is_newest_first else File.seq).limit(limit)
         return list(self._session.scalars(query))
 
+    def mark_deleted(self, file: File) -> None:
+        """Takes a file out of sight; its row stays for the jobs that used it."""
+        file.deleted_at = func.clock_timestamp()
+        self._session.flush()
+
     def find_use(self, file: File) -> str | None:
         """What still needs a file, in words; None when nothing does."""
         job = self._session.scalar(
@@ -100,7 +105,7 @@ class FileRepository:
         return None
 
 
-def _live(project_id: UUID | None) -> Select[tuple[File]]:
+def _live(project_id: UUID | None) -> Select[File]:
     owner = File.project_id.is_(None) if project_id is None else File.project_id == project_id
     return select(File).where(
         owner,

@@ -1,0 +1,213 @@
+"""Files: checked line by line before anything is kept, stored, listed and deleted."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+from uuid import UUID, uuid4
+
+from sqlalchemy.orm import Session
+
+from app.db.models import File
+from app.db.repositories.files import FileRepository
+from app.db.session import SessionFactory, transaction
+from app.domain.benchmarks import Scorer
+from app.domain.jsonlines import number_lines, parse_object, read_lines
+from app.domain.rows import check_items, check_rows
+from app.errors import BadRequest, Conflict, TooLarge
+from app.services.storage import Storage, Stored
+
+FINE_TUNE: Final = "fine-tune"  # training rows
+EVALS: Final = "evals"  # items of a benchmark
+RESULTS: Final = "fine-tune-results"  # made by the server
+UPLOAD_PURPOSES: Final = (FINE_TUNE, EVALS)
+PROCESSED: Final = "processed"
+MAX_FILENAME: Final = 255
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """What is to be kept as a file: a local path, and what its sender said of it."""
+
+    source: Path
+    filename: str
+    purpose: str
+    expires_seconds: int | None = None
+
+
+def upload_file(
+    factory: SessionFactory,
+    storage: Storage,
+    project_id: UUID,
+    new: NewFile,
+    *,
+    max_bytes: int,
+) -> File:
+    """Checks and keeps an uploaded file; whatever fails, nothing of it stays.
+
+    No transaction is open while the file is read.
+
+    Raises:
+        BadRequest: A bad purpose, name or line; the message names line and field.
+        TooLarge: The file is over the limit.
+    """
+    check_purpose(new.purpose)
+    size = new.source.stat().st_size
+    if size > max_bytes:
+        raise too_large(max_bytes)
+    report = check_contents(new.source, new.purpose)
+    stored = _put(storage, new)
+    try:
+        with transaction(factory) as session:
+            return _add(session, project_id, new, stored, report)
+    except BaseException:
+        storage.delete(stored.path)
+        raise
+
+
+def register_file(
+    session: Session, storage: Storage, project_id: UUID | None, new: NewFile
+) -> File:
+    """Checks and keeps a local file in the caller's transaction: the operator's when there is no project.
+
+    Raises:
+        BadRequest: A bad purpose, name or line; the message names line and field.
+    """
+    check_purpose(new.purpose)
+    report = check_contents(new.source, new.purpose)
+    stored = _put(storage, new)
+    try:
+        return _add(session, project_id, new, stored, report)
+    except BaseException:
+        storage.delete(stored.path)
+        raise
+
+
+def check_purpose(purpose: str) -> None:
+    """Refuses a purpose that clients may not upload for.
+
+    Raises:
+        BadRequest: It is none of them.
+    """
+    if purpose not in UPLOAD_PURPOSES:
+        raise BadRequest(
+            f"purpose: '{purpose[:80]}' is not one of {', '.join(UPLOAD_PURPOSES)}.", "purpose"
+        )
+
+
+def check_contents(source: Path, purpose: str) -> dict[str, Any]:
+    """Reads a file of training rows or of benchmark items line by line and says what it holds.
+
+    Returns:
+        `format` (of rows, or the scorer of items) and `num_rows`, with whatever else the check found.
+
+    Raises:
+        BadRequest: The first bad line.
+    """
+    with source.open("rb") as file:
+        if purpose == FINE_TUNE:
+            rows = check_rows(read_lines(file), param="file")
+            return rows.model_dump(mode="json")
+        scorer = _guess_scorer(file)
+        file.seek(0)
+        items = check_items(read_lines(file), scorer, param="file")
+        return items.model_dump(mode="json") | {
+            "format": items.scorer.value,
+            "num_rows": items.num_items,
+        }
+
+
+def too_large(max_bytes: int) -> TooLarge:
+    """The error of a file over the limit."""
+    return TooLarge(f"file: larger than the limit of {max_bytes:,} bytes.", "file")
+
+
+def get_file(session: Session, project_id: UUID, file_id: UUID) -> File:
+    """One file.
+
+    Raises:
+        NotFound: The project has no such file.
+    """
+    return FileRepository(session).get(project_id, file_id)
+
+
+def list_files(
+    session: Session,
+    project_id: UUID,
+    *,
+    purpose: str | None = None,
+    after: UUID | None = None,
+    limit: int = 10_000,
+    is_newest_first: bool = True,
+) -> tuple[list[File], bool]:
+    """A page of files, and whether there are more.
+
+    Raises:
+        NotFound: `after` is not a file of the project.
+    """
+    repository = FileRepository(session)
+    last = None if after is None else repository.get(project_id, after, param="after")
+    found = repository.list_page(
+        project_id,
+        purpose=purpose,
+        after=last,
+        limit=limit + 1,
+        is_newest_first=is_newest_first,
+    )
+    return found[:limit], len(found) > limit
+
+
+def delete_file(factory: SessionFactory, storage: Storage, project_id: UUID, file_id: UUID) -> None:
+    """Deletes a file; its contents go once the deletion is committed.
+
+    Raises:
+        NotFound: The project has no such file.
+        Conflict: A job that has not ended, a benchmark or a base model still needs it.
+    """
+    with transaction(factory) as session:
+        repository = FileRepository(session)
+        file = repository.get(project_id, file_id, for_update=True)
+        use = repository.find_use(file)
+        if use is not None:
+            raise Conflict(f"The file is in use by {use}.", "file_id", "file_in_use")
+        repository.mark_deleted(file)
+    storage.delete(file.path)
+
+
+def _put(storage: Storage, new: NewFile) -> Stored:
+    if not 1 <= len(new.filename) <= MAX_FILENAME or "\0" in new.filename:
+        raise BadRequest(f"file: its name must have 1 to {MAX_FILENAME} characters.", "file")
+    return storage.put_file(new.source, f"files/{uuid4().hex}")
+
+
+def _add(
+    session: Session,
+    project_id: UUID | None,
+    new: NewFile,
+    stored: Stored,
+    report: dict[str, Any],
+) -> File:
+    file = File(
+        project_id=project_id,
+        filename=new.filename,
+        purpose=new.purpose,
+        size_bytes=stored.size_bytes,
+        sha256=stored.sha256,
+        path=stored.path,
+        status=PROCESSED,
+        report=report,
+    )
+    if new.expires_seconds is not None:
+        file.expires_at = datetime.now(UTC) + timedelta(seconds=new.expires_seconds)
+    FileRepository(session).add(file)
+    return file
+
+
+def _guess_scorer(file: BinaryIO) -> Scorer:
+    """The scorer that a benchmark file's first item is written for."""
+    for number, line in number_lines(read_lines(file), param="file"):
+        item = parse_object(line, line_number=number, param="file")
+        if "choices" in item:
+            return Scorer.MULTIPLE_CHOICE
+        return Scorer.EXACT_MATCH if "question" in item else Scorer.NLL
+    raise BadRequest("file: the file has no items", "file", "invalid_row")
