@@ -1,0 +1,64 @@
+"""Request bodies that are not a job."""
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from app.domain.benchmarks import BenchmarkKind, Scorer
+from app.domain.frozen import Frozen
+from app.domain.results import PostedResult, PostedResults
+
+
+class CreateBenchmark(Frozen):
+    """`POST /v1/benchmarks`: a new version of the benchmark of that name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")  # no `@`, which pins a version
+    file: str = Field(min_length=1, max_length=64)  # id of a file uploaded for `evals`
+    kind: BenchmarkKind = BenchmarkKind.GENERAL
+    scorer: Scorer
+
+
+class PublishPoint(Frozen):
+    """`POST /v1/fine_tuning/jobs/{id}/publish`: a point of the line from base (0) to tuned (1)."""
+
+    alpha: float = Field(gt=0, le=1)
+    suffix: str | None = Field(
+        default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$"
+    )  # None: the job's
+
+
+class CreateWebhookEndpoint(Frozen):
+    """`POST /v1/webhook_endpoints`."""
+
+    url: str = Field(min_length=1, max_length=2048)
+    event_types: tuple[Annotated[str, Field(max_length=128)], ...] = Field(
+        min_length=1, max_length=64
+    )
+    name: str = Field(default="endpoint", min_length=1, max_length=128)
+
+
+class UpdateWebhookEndpoint(Frozen):
+    """`POST /v1/webhook_endpoints/{id}`: what is given changes."""
+
+    url: str | None = Field(default=None, min_length=1, max_length=2048)
+    event_types: tuple[Annotated[str, Field(max_length=128)], ...] | None = Field(
+        default=None, min_length=1, max_length=64
+    )
+    name: str | None = Field(default=None, min_length=1, max_length=128)
+
+
+class RotateSecret(Frozen):
+    """`POST /v1/webhook_endpoints/{id}/rotate_secret`."""
+
+    keep_old_secret_active_for_24_hours: bool = True
+
+
+def _shape(body: Any) -> str:  # noqa: ANN401 - whatever was sent
+    return "batch" if isinstance(body, dict) and "results" in body else "single"
+
+
+#: `POST /v1/benchmark_results`: one result, or several that belong together.
+PostedBody = Annotated[
+    Annotated[PostedResult, Tag("single")] | Annotated[PostedResults, Tag("batch")],
+    Discriminator(_shape),
+]
