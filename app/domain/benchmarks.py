@@ -117,7 +117,7 @@ class BenchmarkScores(Frozen):
     """Per-item scores of one subject on one benchmark version, aligned with the version's item order.
 
     `scores` and `tokens` are packed float32 arrays of the version's full length; NaN where an item was not
-    scored. `tokens` holds token counts and is there for `nll` alone.
+    to be scored, infinite where the model gave no finite number. `tokens` holds token counts and is there for `nll` alone.
     """
 
     benchmark_version_id: str

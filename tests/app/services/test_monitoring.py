@@ -2,6 +2,8 @@
 
 import base64
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -11,13 +13,15 @@ from sqlalchemy import func, select
 from app.db.models import (
     DecisionRow,
     Evaluation,
+    Job,
     JobEvent,
     WebhookEvent,
 )
+from app.db.session import transaction
 from app.domain.benchmarks import BenchmarkScores, Scorer, pack_array
 from app.domain.decisions import Action, Verdict
 from app.domain.messages import Finished
-from app.domain.policy import Policy
+from app.domain.policy import Ladder, Policy
 from app.domain.runplan import BasePlan
 from app.domain.states import JobState
 from app.errors import BadRequest, Conflict, Fenced
@@ -76,6 +80,7 @@ def test_new_items_join_a_baseline_and_known_ones_stay(session) -> None:
     row = session.scalars(
         select(Evaluation).where(Evaluation.subject_key == baseline_key(base))
     ).one()
+    assert row.scores is not None
     values = np.frombuffer(zlib.decompress(row.scores), dtype="<f4")
     assert values[:1000].sum() == 1000  # of the first message
     assert row.n_samples == ITEMS
@@ -385,3 +390,76 @@ def test_packed_scores_are_the_bytes_of_the_row(session) -> None:
         select(Evaluation).where(Evaluation.subject_key == baseline_key(base))
     ).one()
     assert base64.b64encode(row.scores).decode() == make_scores(version).scores
+
+
+def test_two_writers_of_one_point_record_it_once(committed_factory) -> None:
+    """The supervisor sends a message again while its first transaction is still open."""
+    with transaction(committed_factory) as session:
+        job, versions = start_job(session)
+        save_checkpoint(session, job, 30)
+    message = evaluated(versions, lost=300)
+
+    def write(_) -> Any:
+        with transaction(committed_factory) as session:
+            return record_evaluation(session, job.id, 1, message)
+
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(write, range(4)))
+    assert replies == [replies[0]] * 4
+    assert replies[0].roll_back is not None
+    with transaction(committed_factory) as session:
+        assert count(session, DecisionRow) == 1
+        assert count(session, Evaluation, Evaluation.purpose == "gate") == 1
+        assert session.get_one(Job, job.id).branch == 1
+        assert count(session, WebhookEvent) == 2
+
+
+def test_two_jobs_that_measure_one_baseline_make_one_row(committed_factory) -> None:
+    with transaction(committed_factory) as session:
+        job, (version,) = make_running_job(session)
+
+    def write(part: int) -> None:
+        with transaction(committed_factory) as session:
+            scored = slice(part * 500, part * 500 + 500)
+            found = make_scores(version, scored=scored)
+            record_baseline(session, session.get_one(Job, job.id), [found])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    with transaction(committed_factory) as session:
+        row = session.scalars(select(Evaluation)).one()
+        assert (row.n_samples, row.value) == (ITEMS, 0.6)
+
+
+def test_a_run_under_the_loop_ends_held_with_every_decision_replayable(session) -> None:
+    """A plant whose drop falls with the strength (16 %, 6 %, 1 %), under the demo's policy: 1 -> 10 -> 100."""
+    policy = Policy(
+        ladder=Ladder(repair=False, rollback_strength_factor=10, rollback_learning_rate_factor=1)
+    )
+    job, versions = start_job(session, policy=policy)
+    strength, branch, step, path, reply = 1.0, 0, 15, [1.0], None
+    while reply is None or not reply.finish:
+        save_checkpoint(session, job, step, branch=branch)
+        lost = 190 if strength < 5 else 140 if strength < 50 else 6
+        message = evaluated(
+            versions,
+            step,
+            branch=branch,
+            lost=lost,
+            is_last=step == 120,
+            valid_loss=2 - step / 120,
+        )
+        reply = record_evaluation(session, job.id, 1, message)
+        strength = reply.state.strengths["ewc"]
+        if reply.roll_back is not None:
+            branch, step = reply.roll_back.branch, reply.roll_back.step
+            path.append(strength)
+        step += 15
+    assert path == [1.0, 10.0, 100.0]
+    assert 50 < strength < 100  # lowered again while the upper bound leaves room
+    assert reply.publish is not None
+    assert (reply.publish.step, reply.publish.status) == (120, "good")
+    rows = session.scalars(select(DecisionRow).order_by(DecisionRow.seq)).all()
+    assert [row.look for row in rows] == list(range(1, len(rows) + 1))
+    for row in rows:
+        assert replay_decision(row).model_dump(mode="json") == row.decision
