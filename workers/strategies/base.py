@@ -130,6 +130,7 @@ class Pull:
     strength: float
     importance: Tensor | None  # shape of the parameter, float32; None means 1 everywhere
     anchor: Tensor
+    applied_sq: Tensor | None = None  # scalar; the squared displacement by this pull is added to it
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,16 @@ class Context:
     learning_rates: dict[str, float] = field(default_factory=dict)
     #: Sums a tensor in place over ranks; nothing on one rank.
     all_reduce: Callable[[Tensor], None] = lambda _: None
-    #: Micro-batches of the given general rows, sharded by rank: for passes of a strategy's own.
+    #: Micro-batches of the given general rows, shared out over the ranks: for passes of a strategy's own.
     general_micros: Callable[[Sequence[int]], Iterator[Micro]] = lambda _: iter(())
     #: Student forward with gradient at a micro-batch's selected positions.
     forward: Callable[[Micro], Forward] | None = None
     #: Logits of the starting model at the positions of the masked rows, without gradient.
     base_forward: Callable[[Micro, Tensor], Tensor] | None = None
     #: Loads or makes a set of tensors that follow from (model, data, settings) alone; kept across jobs.
-    cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make()
+    cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: (
+        make()
+    )
 
     def strength(self, kind: str) -> float:
         """The coefficient in force of a strategy."""
