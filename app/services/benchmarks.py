@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, Benchmark, BenchmarkVersion
-from app.db.repositories.catalog import BenchmarkRepository, CatalogRepository, NamedVersion
+from app.db.repositories.benchmarks import BenchmarkRepository, NamedVersion
 from app.db.repositories.files import FileRepository
 from app.domain.benchmarks import BenchmarkKind
 from app.domain.identifiers import parse_id
@@ -122,7 +122,7 @@ def resolve_watched(
         NotFound: No benchmark has a name that was given.
         BadRequest: A benchmark is named twice.
     """
-    suite = CatalogRepository(session).list_suite(base.id)
+    suite = BenchmarkRepository(session).list_suite(base.id)
     if wanted is None:
         return tuple(Watched(entry.benchmark, entry.weight, None) for entry in suite)
     watched = [_resolve(session, project_id, place, wish) for place, wish in enumerate(wanted)]

@@ -1,0 +1,74 @@
+"""Queries on published model versions."""
+
+from uuid import UUID
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app.db.models import BaseModel, Job, ModelVersion
+from app.errors import NotFound
+
+
+class RegistryRepository:
+    """Model versions of a project that are not deleted."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, version: ModelVersion) -> None:
+        """Keeps a new version."""
+        self._session.add(version)
+        self._session.flush()
+        self._session.refresh(version)
+
+    def get(self, project_id: UUID, name: str, *, for_update: bool = False) -> ModelVersion:
+        """The version of this name.
+
+        Raises:
+            NotFound: The project has none.
+        """
+        query = select(ModelVersion).where(
+            ModelVersion.project_id == project_id,
+            ModelVersion.name == name,
+            ModelVersion.deleted_at.is_(None),
+        )
+        found = self._session.scalar(query.with_for_update() if for_update else query)
+        if found is None:
+            raise NotFound(f"No model is called '{name[:200]}'.", "model", "model_not_found")
+        return found
+
+    def list_all(self, project_id: UUID) -> list[ModelVersion]:
+        """Every version, newest first."""
+        return list(
+            self._session.scalars(
+                select(ModelVersion)
+                .where(ModelVersion.project_id == project_id, ModelVersion.deleted_at.is_(None))
+                .order_by(ModelVersion.seq.desc())
+            )
+        )
+
+    def mark_deleted(self, version: ModelVersion) -> None:
+        """Takes a version out of sight; its row stays for the jobs that name it."""
+        version.deleted_at = func.clock_timestamp()
+        self._session.flush()
+
+    def base_names(self, versions: list[ModelVersion]) -> dict[UUID, str]:
+        """Names of the base models of versions, by the base's id."""
+        ids = {version.base_model_id for version in versions}
+        rows = self._session.execute(
+            select(BaseModel.id, BaseModel.name).where(BaseModel.id.in_(ids))
+        )
+        return {base_id: name for base_id, name in rows}
+
+    def parent_names(self, versions: list[ModelVersion]) -> dict[UUID, str]:
+        """Names of the versions that versions started from, by the parent's id."""
+        ids = {v.parent_version_id for v in versions if v.parent_version_id is not None}
+        rows = self._session.execute(
+            select(ModelVersion.id, ModelVersion.name).where(ModelVersion.id.in_(ids))
+        )
+        return {version_id: name for version_id, name in rows}
+
+    def is_being_made(self, version: ModelVersion) -> bool:
+        """Whether an export job that has not ended writes this version."""
+        query = select(Job.id).where(Job.model_version_id == version.id, Job.finished_at.is_(None))
+        return self._session.scalar(query.limit(1)) is not None
