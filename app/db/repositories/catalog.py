@@ -1,162 +1,99 @@
-"""Queries on base models, benchmarks with their versions, and suites."""
+"""Queries on base models, benchmarks and suites, as the operator sees them."""
 
-from dataclasses import dataclass
-from uuid import UUID
-
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Benchmark, BenchmarkVersion, SuiteEntry
-from app.errors import NotFound
-
-
-@dataclass(frozen=True, slots=True)
-class NamedVersion:
-    """A benchmark version with its benchmark's name."""
-
-    name: str
-    version: BenchmarkVersion
-
-    @property
-    def reference(self) -> str:
-        """The name that pins the version: `name@3`."""
-        return f"{self.name}@{self.version.version}"
-
-
-@dataclass(frozen=True, slots=True)
-class SuiteBenchmark:
-    """A benchmark version in a base model's suite."""
-
-    benchmark: NamedVersion
-    weight: float
-    is_mandatory: bool
+from app.db.models import BaseModel, Benchmark, BenchmarkVersion, File, SuiteEntry
+from app.domain.benchmarks import BenchmarkKind, Scorer
+from app.errors import BadRequest
 
 
 class CatalogRepository:
-    """Base models and their suites; the operator's, so every project sees them."""
+    """What jobs can name."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def find_base(self, name: str) -> BaseModel | None:
+    def find_model(self, name: str) -> BaseModel | None:
         """The base model of this name."""
         return self._session.scalar(select(BaseModel).where(BaseModel.name == name))
 
-    def list_bases(self) -> list[BaseModel]:
+    def list_models(self) -> list[BaseModel]:
         """Every base model, oldest first."""
         return list(self._session.scalars(select(BaseModel).order_by(BaseModel.seq)))
 
-    def list_suite(self, base_model_id: UUID) -> list[SuiteBenchmark]:
-        """A base model's suite, in the order in which its benchmark versions were made."""
-        rows = self._session.execute(
-            select(Benchmark.name, BenchmarkVersion, SuiteEntry.weight, SuiteEntry.is_mandatory)
-            .join(BenchmarkVersion, BenchmarkVersion.id == SuiteEntry.benchmark_version_id)
-            .join(Benchmark, Benchmark.id == BenchmarkVersion.benchmark_id)
-            .where(SuiteEntry.base_model_id == base_model_id)
-            .order_by(BenchmarkVersion.seq)
-        )
-        return [
-            SuiteBenchmark(NamedVersion(name, version), weight, is_mandatory)
-            for name, version, weight, is_mandatory in rows
-        ]
-
-
-class BenchmarkRepository:
-    """Benchmarks that a project sees: its own, and the operator's."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def ensure(self, project_id: UUID | None, name: str) -> Benchmark:
-        """The owner's benchmark of this name, made when missing, its row locked so that versions are numbered one by one."""
-        owner = (
-            Benchmark.project_id.is_(None)
-            if project_id is None
-            else Benchmark.project_id == project_id
-        )
-        query = select(Benchmark).where(owner, Benchmark.name == name).with_for_update()
-        found = self._session.scalar(query)
-        if found is None:
-            found = Benchmark(project_id=project_id, name=name)
-            self._session.add(found)
-            self._session.flush()
-        return found
-
-    def add_version(self, version: BenchmarkVersion) -> None:
-        """Keeps a new version; its number is one more than the highest there is."""
-        highest = self._session.scalar(
-            select(func.max(BenchmarkVersion.version)).where(
-                BenchmarkVersion.benchmark_id == version.benchmark_id
-            )
-        )
-        version.version = (highest or 0) + 1
-        self._session.add(version)
+    def add_model(self, model: BaseModel, suite: list[tuple[BenchmarkVersion, float]]) -> None:
+        """Keeps a model with the benchmark versions it is watched by and their weights."""
+        self._session.add(model)
         self._session.flush()
-        self._session.refresh(version)
+        self._session.add_all(
+            SuiteEntry(base_model_id=model.id, benchmark_version_id=version.id, weight=weight)
+            for version, weight in suite
+        )
+        self._session.flush()
 
-    def find_reference(self, project_id: UUID | None, reference: str) -> NamedVersion | None:
-        """The version that `name` (latest) or `name@3` names; a project's own goes before the operator's."""
-        name, _, number = reference.partition("@")
-        if number and not (number.isascii() and number.isdigit() and len(number) < 10):
-            return None
-        query = (
+    def get_benchmark(self, name: str) -> BenchmarkVersion:
+        """The newest version of the operator's benchmark of this name, else of the only project's.
+
+        Raises:
+            BadRequest: There is none, or several projects have one.
+        """
+        rows = self._session.execute(
+            select(Benchmark, BenchmarkVersion)
+            .join(BenchmarkVersion, BenchmarkVersion.benchmark_id == Benchmark.id)
+            .where(Benchmark.name == name)
+            .order_by(BenchmarkVersion.version.desc())
+        ).all()
+        own = [version for benchmark, version in rows if benchmark.project_id is None]
+        if own:
+            return own[0]
+        if len({benchmark.id for benchmark, _ in rows}) > 1:
+            raise BadRequest(f"Several projects have a benchmark '{name}'.", "benchmark")
+        if not rows:
+            raise BadRequest(f"No benchmark is called '{name}'.", "benchmark")
+        version: BenchmarkVersion = rows[0][1]
+        return version
+
+    def find_version(
+        self, name: str, items_sha256: str, *, kind: BenchmarkKind, scorer: Scorer
+    ) -> BenchmarkVersion | None:
+        """The operator's version of this benchmark that holds these very items."""
+        return self._session.scalar(
             select(BenchmarkVersion)
             .join(Benchmark, Benchmark.id == BenchmarkVersion.benchmark_id)
             .where(
                 Benchmark.name == name,
-                or_(Benchmark.project_id == project_id, Benchmark.project_id.is_(None)),
+                Benchmark.project_id.is_(None),
+                BenchmarkVersion.items_sha256 == items_sha256,
+                BenchmarkVersion.kind == kind,
+                BenchmarkVersion.scorer == scorer,
             )
-            .order_by(Benchmark.project_id.is_(None), BenchmarkVersion.version.desc())
+            .order_by(BenchmarkVersion.version.desc())
             .limit(1)
         )
-        if number:
-            query = query.where(BenchmarkVersion.version == int(number))
-        version = self._session.scalar(query)
-        return None if version is None else NamedVersion(name, version)
 
-    def get(self, project_id: UUID, benchmark_id: UUID) -> Benchmark:
-        """The benchmark with this id.
+    def add_file(self, file: File) -> None:
+        """Keeps a file."""
+        self._session.add(file)
+        self._session.flush()
 
-        Raises:
-            NotFound: The project sees no such benchmark.
-        """
-        found = self._session.scalar(
-            select(Benchmark).where(
-                Benchmark.id == benchmark_id,
-                or_(Benchmark.project_id == project_id, Benchmark.project_id.is_(None)),
+    def add_version(self, name: str, version: BenchmarkVersion) -> None:
+        """Keeps the next version of the operator's benchmark of this name."""
+        benchmark = self._session.scalar(
+            select(Benchmark)
+            .where(Benchmark.name == name, Benchmark.project_id.is_(None))
+            .with_for_update()
+        )
+        if benchmark is None:
+            benchmark = Benchmark(project_id=None, name=name)
+            self._session.add(benchmark)
+            self._session.flush()
+        last = self._session.scalar(
+            select(func.max(BenchmarkVersion.version)).where(
+                BenchmarkVersion.benchmark_id == benchmark.id
             )
         )
-        if found is None:
-            raise NotFound("No benchmark has this id.", "benchmark_id", "benchmark_not_found")
-        return found
-
-    def list_page(
-        self, project_id: UUID, *, after: Benchmark | None, limit: int
-    ) -> list[Benchmark]:
-        """Benchmarks, newest first."""
-        query = select(Benchmark).where(
-            or_(Benchmark.project_id == project_id, Benchmark.project_id.is_(None))
-        )
-        if after is not None:
-            query = query.where(Benchmark.seq < after.seq)
-        return list(self._session.scalars(query.order_by(Benchmark.seq.desc()).limit(limit)))
-
-    def latest_versions(self, benchmarks: list[Benchmark]) -> dict[UUID, BenchmarkVersion]:
-        """The newest version of each benchmark, by the benchmark's id."""
-        found = self._session.scalars(
-            select(BenchmarkVersion)
-            .where(BenchmarkVersion.benchmark_id.in_([b.id for b in benchmarks]))
-            .distinct(BenchmarkVersion.benchmark_id)
-            .order_by(BenchmarkVersion.benchmark_id, BenchmarkVersion.version.desc())
-        )
-        return {version.benchmark_id: version for version in found}
-
-    def list_versions(self, benchmark: Benchmark) -> list[BenchmarkVersion]:
-        """Every version of a benchmark, newest first."""
-        return list(
-            self._session.scalars(
-                select(BenchmarkVersion)
-                .where(BenchmarkVersion.benchmark_id == benchmark.id)
-                .order_by(BenchmarkVersion.version.desc())
-            )
-        )
+        version.benchmark_id = benchmark.id
+        version.version = (last or 0) + 1
+        self._session.add(version)
+        self._session.flush()
