@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, Job, ModelVersion
 from app.db.repositories.catalog import CatalogRepository
-from app.db.repositories.jobs import JobRepository
+from app.db.repositories.project_jobs import ProjectJobRepository
 from app.db.repositories.registry import RegistryRepository
 from app.db.session import SessionFactory, transaction
 from app.domain.identifiers import model_version_name, public_id
@@ -85,7 +85,7 @@ def publish_point(
         NotFound: No such job.
         Conflict: The job has not ended, or left no tuned checkpoint.
     """
-    jobs = JobRepository(session)
+    jobs = ProjectJobRepository(session)
     source = jobs.get(project_id, job_id)
     checkpoint_id = _tuned_checkpoint(session, source)
     spec = JobSpec.model_validate(source.spec)

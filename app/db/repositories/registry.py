@@ -55,18 +55,14 @@ class RegistryRepository:
     def base_names(self, versions: list[ModelVersion]) -> dict[UUID, str]:
         """Names of the base models of versions, by the base's id."""
         ids = {version.base_model_id for version in versions}
-        rows = self._session.execute(
-            select(BaseModel.id, BaseModel.name).where(BaseModel.id.in_(ids))
-        )
-        return {base_id: name for base_id, name in rows}
+        query = select(BaseModel.id, BaseModel.name).where(BaseModel.id.in_(ids))
+        return dict(self._session.execute(query).tuples().all())
 
     def parent_names(self, versions: list[ModelVersion]) -> dict[UUID, str]:
         """Names of the versions that versions started from, by the parent's id."""
         ids = {v.parent_version_id for v in versions if v.parent_version_id is not None}
-        rows = self._session.execute(
-            select(ModelVersion.id, ModelVersion.name).where(ModelVersion.id.in_(ids))
-        )
-        return {version_id: name for version_id, name in rows}
+        query = select(ModelVersion.id, ModelVersion.name).where(ModelVersion.id.in_(ids))
+        return dict(self._session.execute(query).tuples().all())
 
     def is_being_made(self, version: ModelVersion) -> bool:
         """Whether an export job that has not ended writes this version."""

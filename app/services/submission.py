@@ -1,0 +1,338 @@
+"""Submitting a job: a request becomes a frozen spec, and job, events and doorbell are written together."""
+
+import secrets
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import func
+from sqlalchemy.orm import Session
+
+from app.db.models import BaseModel, File, Job, Project
+from app.db.repositories.catalog import CatalogRepository
+from app.db.repositories.files import FileRepository
+from app.db.repositories.history import HistoryRepository
+from app.db.repositories.project_jobs import ProjectJobRepository
+from app.domain.benchmarks import DEFAULT_GATE_ITEMS
+from app.domain.identifiers import parse_id
+from app.domain.policy import Policy, WatchedBenchmark
+from app.domain.power import PlannedBenchmark, Power, power
+from app.domain.runplan import BasePlan
+from app.domain.spec import CreateJob, JobSpec
+from app.domain.states import JobKind, JobState
+from app.domain.submit import (
+    ResolvedStrategies,
+    resolve_policy,
+    resolve_strategies,
+    resolve_training,
+)
+from app.errors import BadRequest, NotFound, QuotaExceeded
+from app.services.benchmarks import Watched, resolve_watched
+from app.services.evaluations import baseline_key, unpack_bytes
+from app.services.events import add_job_event, add_transition
+from app.services.files import FINE_TUNE, PROCESSED
+
+GUESSED_ROW_BYTES: Final = 512  # of a file that is still being checked; settled when it is
+
+Warnings = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class JobFiles:
+    """The files that a job reads."""
+
+    training: File
+    validation: File | None
+    general: File | None  # None: the job names none and the base model has none
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether every file's lines have been checked."""
+        files = (self.training, self.validation, self.general)
+        return all(file is None or file.status == PROCESSED for file in files)
+
+
+def submit_job(
+    session: Session, project_id: UUID, body: CreateJob, *, max_queued: int = 100
+) -> Job:
+    """Validates a request into a frozen spec and writes job, events and doorbell; the caller commits all at once.
+
+    Raises:
+        NotFound: No such model, file or benchmark for this project; `param` names the field.
+        BadRequest: What was asked for cannot be; `param` names the field.
+        QuotaExceeded: Too many jobs of the project wait already.
+    """
+    jobs = ProjectJobRepository(session)
+    project = jobs.get_project(project_id)
+    if jobs.count_waiting(project_id) >= max_queued:
+        raise QuotaExceeded(
+            f"The project has {max_queued} waiting jobs; wait for some to start.",
+            None,
+            "queue_full",
+        )
+    if body.retention is None and project.retention_mandatory:
+        raise BadRequest(
+            "retention: the project requires it; leave it out or give an object.",
+            "retention",
+            "retention_mandatory",
+        )
+    base = _find_base(session, body.model)
+    files = _find_files(session, project_id, base, body)
+    spec, watched, chosen = _resolve(session, project, base, files, body)
+    warnings = _warn(spec, watched, chosen)
+    found = _estimate_power(session, base, spec.policy, watched)
+    if found is not None:
+        warnings += _warn_of_floors(found)
+    job = Job(
+        project_id=project_id,
+        kind=JobKind.FINE_TUNING,
+        state=JobState.QUEUED if files.is_checked else JobState.VALIDATING_FILES,
+        spec=spec.model_dump(mode="json"),
+        warnings=warnings,
+        power=None if found is None else found.model_dump(mode="json"),
+        base_model_id=base.id,
+        training_file_id=files.training.id,
+        validation_file_id=None if files.validation is None else files.validation.id,
+        general_file_id=None if files.general is None else files.general.id,
+        metadata_=body.metadata,
+        suffix=body.suffix,
+        seed=spec.training.seed,
+        priority=body.priority,
+        num_gpus=body.resources.num_gpus,
+        total_steps=spec.training.total_steps if files.is_checked else None,
+    )
+    jobs.add(job)
+    _tell_of_submit(session, job, spec)
+    if job.state is JobState.QUEUED:
+        jobs.ring_later(job)
+    session.refresh(job)
+    return job
+
+
+def settle_validation(session: Session, job: Job) -> bool:
+    """Moves a job on whose files have been checked meanwhile; for the reconciler.
+
+    Args:
+        session: The caller's transaction.
+        job: In `validating_files`, its row locked.
+
+    Returns:
+        False while a file is still being checked.
+    """
+    spec = JobSpec.model_validate(job.spec)
+    base = session.get_one(BaseModel, job.base_model_id)
+    try:
+        files = _find_files(session, job.project_id, base, spec.request)
+        if not files.is_checked:
+            return False
+        project = ProjectJobRepository(session).get_project(job.project_id)
+        spec, _, _ = _resolve(session, project, base, files, spec.request, seed=job.seed)
+    except (BadRequest, NotFound) as error:
+        job.error = {"code": error.code, "message": error.message, "param": error.param}
+        job.finished_at = func.clock_timestamp()
+        job.move_to(JobState.FAILED)
+        session.flush()
+        add_transition(session, job, JobState.FAILED, error.message, level="error")
+        return True
+    job.spec = spec.model_dump(mode="json")
+    job.total_steps = spec.training.total_steps
+    job.move_to(JobState.QUEUED)
+    session.flush()
+    add_transition(session, job, JobState.QUEUED, "The files are valid; the job is queued.")
+    ProjectJobRepository(session).ring_later(job)
+    return True
+
+
+def _find_base(session: Session, name: str) -> BaseModel:
+    base = CatalogRepository(session).find_model(name)
+    if base is not None:
+        return base
+    if name.startswith("ft:") or "@" in name:
+        raise BadRequest(
+            f"model: '{name[:80]}' is no base model, and this server starts jobs from base models.",
+            "model",
+            "model_not_supported",
+        )
+    raise NotFound(f"model: no base model is called '{name[:80]}'.", "model", "model_not_found")
+
+
+def _find_files(session: Session, project_id: UUID, base: BaseModel, body: CreateJob) -> JobFiles:
+    """The job's files, kept from being deleted until the transaction ends."""
+    training = _find_rows(session, project_id, body.training_file, "training_file")
+    validation = (
+        None
+        if body.validation_file is None
+        else _find_rows(session, project_id, body.validation_file, "validation_file")
+    )
+    general = None
+    if body.retention is not None and body.retention.general_data is not None:
+        general = _find_rows(
+            session, project_id, body.retention.general_data, "retention.general_data"
+        )
+    elif base.general_file_id is not None and body.retention is not None:
+        general = FileRepository(session).get(None, base.general_file_id, share=True)
+    return JobFiles(training, validation, general)
+
+
+def _find_rows(session: Session, project_id: UUID, text: str, param: str) -> File:
+    try:
+        file_id = parse_id("file", text, param=param)
+    except NotFound as error:
+        raise NotFound(f"{param}: {error.message}", param, "file_not_found") from None
+    file = FileRepository(session).get(project_id, file_id, param=param, share=True)
+    if file.purpose != FINE_TUNE:
+        raise BadRequest(
+            f"{param}: its purpose is '{file.purpose}'; upload training rows for '{FINE_TUNE}'.",
+            param,
+            "invalid_file_purpose",
+        )
+    if file.status == "error":
+        raise BadRequest(
+            f"{param}: the file is not valid: {file.status_details}", param, "invalid_file"
+        )
+    return file
+
+
+def _resolve(
+    session: Session,
+    project: Project,
+    base: BaseModel,
+    files: JobFiles,
+    body: CreateJob,
+    *,
+    seed: int | None = None,
+) -> tuple[JobSpec, tuple[Watched, ...], ResolvedStrategies]:
+    """The spec, what it watches, and what was chosen for it."""
+    training = resolve_training(
+        body,
+        num_rows=_num_rows(files.training),
+        context_length=base.details.get("context_length"),
+        seed=secrets.randbelow(2**31) if seed is None else seed,
+    )
+    chosen = resolve_strategies(
+        body.retention,
+        lora=training.type == "lora",
+        has_general_data=files.general is not None,
+        num_parameters=base.details.get("num_parameters"),
+    )
+    policy: Policy | None = None
+    watched: tuple[Watched, ...] = ()
+    if body.retention is not None:
+        policy = resolve_policy(body.retention, chosen.strategies, project.default_policy)
+        watched = resolve_watched(session, project.id, base, policy.benchmarks)
+        pinned = tuple(
+            WatchedBenchmark(
+                name=found.benchmark.reference, weight=found.weight, max_drop=found.max_drop
+            )
+            for found in watched
+        )
+        policy = policy.model_copy(update={"benchmarks": pinned})
+        if not any(found.is_general for found in watched):
+            policy = None
+    spec = JobSpec(
+        request=body,
+        training=training,
+        strategies=chosen.strategies,
+        strategies_why=chosen.why,
+        policy=policy,
+    )
+    return spec, watched, chosen
+
+
+def _num_rows(file: File) -> int:
+    if file.report is not None:
+        return int(file.report["num_rows"])
+    return max(file.size_bytes // GUESSED_ROW_BYTES, 1)
+
+
+def _warn(spec: JobSpec, watched: tuple[Watched, ...], chosen: ResolvedStrategies) -> Warnings:
+    warnings: Warnings = []
+    if spec.request.retention is not None and spec.policy is None:
+        why = "only domain benchmarks are" if watched else "no benchmark is"
+        warnings.append(
+            _warning(
+                "retention_unwatched",
+                f"General ability is not watched: {why} in the base model's suite or in"
+                " retention.policy.benchmarks. The strategies run, and nothing checks that they hold.",
+                "retention.policy.benchmarks",
+            )
+        )
+    if chosen.is_extrapolated:
+        warnings.append(_warning("extrapolated", chosen.why or "", "retention.strategies"))
+    return warnings
+
+
+def _warning(code: str, message: str, param: str) -> dict[str, Any]:
+    return {"code": code, "message": message, "param": param}
+
+
+def _estimate_power(
+    session: Session, base: BaseModel, policy: Policy | None, watched: tuple[Watched, ...]
+) -> Power | None:
+    """What the sensor can see, from cached baselines where there are any; None where nothing is watched."""
+    if policy is None:
+        return None
+    plan = BasePlan(
+        name=base.name,
+        directory="",
+        sha256=base.sha256,
+        default_template=not base.has_chat_template,
+    )
+    key = baseline_key(plan)
+    history = HistoryRepository(session)
+    planned = []
+    for found in watched:
+        if not found.is_general:
+            continue
+        version = found.benchmark.version
+        row = history.find_baseline(key, version.id)
+        planned.append(
+            PlannedBenchmark(
+                name=found.benchmark.reference,
+                scorer=version.scorer,
+                weight=found.weight,
+                max_drop=found.max_drop,
+                n_items=min(policy.gate_items or DEFAULT_GATE_ITEMS, version.num_items // 2),
+                baseline=unpack_bytes(row.scores) if row and row.scores else None,
+                baseline_tokens=unpack_bytes(row.tokens) if row and row.tokens else None,
+                chance=version.chance,
+            )
+        )
+    return power(policy, planned)
+
+
+def _warn_of_floors(found: Power) -> Warnings:
+    return [
+        _warning(
+            "at_floor",
+            f"The base model is not above chance on {name}, so that benchmark is not watched.",
+            "retention.policy.benchmarks",
+        )
+        for name, estimate in found.benchmarks.items()
+        if estimate.at_floor
+    ]
+
+
+def _tell_of_submit(session: Session, job: Job, spec: JobSpec) -> None:
+    """The first lines of the job's log: that it is there, what `auto` chose, and every warning."""
+    if job.state is JobState.QUEUED:
+        add_transition(session, job, JobState.QUEUED, "The job is created and queued.")
+    else:
+        add_job_event(
+            session, job, level="info", message="The job is created; its files are being checked."
+        )
+    if spec.strategies_why is not None:
+        add_job_event(
+            session,
+            job,
+            level="info",
+            message=spec.strategies_why,
+            data={
+                "code": "strategies_chosen",
+                "strategies": [strategy.type for strategy in spec.strategies],
+            },
+        )
+    for warning in job.warnings:
+        add_job_event(
+            session, job, level="warn", message=warning["message"], data={"code": warning["code"]}
+        )
