@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, assert_never
@@ -32,6 +33,7 @@ from workers.training.ranks import Ranks
 
 ADAPTER = "default"
 BETAS = (0.9, 0.999)
+SHARED_FIELDS = {"type", "strength", "armed"}  # of every strategy; the run holds them
 
 
 def choose_device() -> torch.device:
@@ -81,12 +83,14 @@ def add_adapters(model: nn.Module, lora: LoraConfig, *, seed: int) -> nn.Module:
     targets = lora.target_modules
     config = peft.LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type] # any number will do
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft still asks under a name that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         torch.manual_seed(seed)
         try:
             wrapped: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -177,6 +181,9 @@ def build_run(
     if strategies is None:
         strategies = build_strategies(plan.strategies)
     model = load_base(plan.base, device, weights_type)
+    if training.gradient_checkpointing:
+        enable: Any = model.activation_checkpointing_enable
+        enable(activation_checkpointing_kwargs={"use_reentrant": False})
     probe = SelectedLogits(model, autocast=autocast).probe_hash() if is_lora else None
     if is_lora:
         model = add_adapters(model, training.lora, seed=training.seed)
@@ -195,9 +202,6 @@ def build_run(
     )
     for strategy in strategies:
         model = strategy.edit_model(ctx, model)
-    if training.gradient_checkpointing:
-        enable: Any = model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     ctx.model = model
     ctx.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -326,12 +330,12 @@ def _build_strategy(config: StrategyConfig) -> Strategy:
 
     match config:
         case EwcConfig():
-            return Ewc()
+            return Ewc(**config.model_dump(exclude=SHARED_FIELDS))
         case L2SpConfig():
-            return L2Sp()
+            return L2Sp(**config.model_dump(exclude=SHARED_FIELDS))
         case ReplayConfig():
-            return Replay()
+            return Replay(**config.model_dump(exclude=SHARED_FIELDS))
         case DistillationConfig():
-            return Distillation()
+            return Distillation(**config.model_dump(exclude=SHARED_FIELDS))
         case _:
             assert_never(config)

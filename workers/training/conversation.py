@@ -1,5 +1,6 @@
 """The trainer's side of the talk with its supervisor, heard alike by every rank."""
 
+import contextlib
 import os
 import queue
 import socket
@@ -61,6 +62,8 @@ class Line:
     def close(self) -> None:
         """Ends the talk from this side."""
         self._is_closing = True
+        with contextlib.suppress(OSError):  # the other side may have closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _read(self) -> None:

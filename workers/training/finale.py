@@ -10,6 +10,7 @@ from app.domain.benchmarks import BenchmarkKind, BenchmarkScores
 from app.domain.decisions import Verdict
 from app.domain.messages import DecisionReply, Finished, FrontierPoint, PublishTarget
 from app.domain.sensing import holds, read_report
+from workers.training.artifact import write_artifact
 from workers.training.checkpoints import load_checkpoint
 from workers.training.session import Blend, Session
 from workers.training.suite import Marks
@@ -180,7 +181,22 @@ def write_result(session: Session, path: Path) -> None:
 
 def save_published(session: Session, alpha: float) -> str:
     """Writes the artifact of the weights as they stand; its directory."""
-    raise NotImplementedError
+    run, plan = session.run, session.plan
+    model = run.model
+    for strategy in run.strategies:
+        model = strategy.export(run.ctx, model)
+    directory = session.scratch / f"artifact-a{plan.attempt}"
+    if run.ranks.is_speaker:
+        write_artifact(
+            model,
+            session.tokenizer,
+            directory,
+            base=plan.base,
+            job_id=plan.job_id,
+            alpha=alpha,
+            is_lora=plan.training.type == "lora",
+        )
+    return str(directory)
 
 
 def _finite(value: float | None) -> float | None:

@@ -9,6 +9,7 @@ from app.domain.messages import BaselineMeasured, DecisionReply, Planned, Stoppe
 from app.domain.policy import Policy
 from app.domain.power import plan_evaluations, power
 from app.domain.runplan import RunPlan
+from app.errors import TrainingFailed
 from workers.training.checkpoints import load_checkpoint, set_carry
 from workers.training.conversation import Conversation, StopRequested
 from workers.training.finale import finish
@@ -38,7 +39,11 @@ def fine_tune(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.dev
     session = open_session(plan, talk, ranks, device)
     try:
         measure_baseline(session)
-        reply = begin(session) if plan.resume is None else resume(session)
+        reply = None
+        if plan.resume is None:
+            begin(session)
+        else:
+            reply = resume(session)
         if reply is None:
             reply = train(session)
         finish(session, reply)
@@ -66,8 +71,11 @@ def begin(session: Session) -> None:
     run = session.run
     session.enter("fisher")
     stop_if_told(session)
-    for strategy in run.strategies:
-        strategy.on_task_start(run.ctx)
+    try:
+        for strategy in run.strategies:
+            strategy.on_task_start(run.ctx)
+    except ValueError as error:  # such as no general rows left
+        raise TrainingFailed(str(error), "retention.strategies") from error
     run.teacher.check()
     session.has_started = True
     save(session, is_evaluated=False)

@@ -29,8 +29,8 @@ class SelectedLogits:
         self._autocast = autocast
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._inner = inner
-        self._body = inner.get_decoder()
-        self._head = inner.get_output_embeddings()
+        self._body: Any = inner.get_decoder()
+        self._head: Any = inner.get_output_embeddings()
         self.has_split_head = self._check()
 
     def __call__(self, input_ids_BT: Tensor, positions_N: Tensor) -> Tensor:
@@ -151,6 +151,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least float32: losses of half precision lose the tails of the logits."""
+    return values.float() if values.dtype.itemsize < 4 else values
 
 
 def _flat(values_BTX: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workers.strategies.penalties import apply_pulls
 
 from app.domain.decisions import ControllerState
 from app.domain.messages import StepMetrics
 from app.domain.spec import ResolvedTraining
 from workers.data.batches import DOMAIN, Rows, RowSampler, build_micro, split_micros
 from workers.strategies.base import Context, Forward, Micro, Strategy, Stream
-from workers.training.forward import SelectedLogits, Teacher, student_forward
+from workers.strategies.penalties import apply_pulls
+from workers.training.forward import SelectedLogits, Teacher, student_forward, wide
 from workers.training.ranks import Ranks
 from workers.training.schedule import learning_rate_factor
 
@@ -169,7 +169,7 @@ def _loss(
     run: Run, micro: Micro, out: Forward, counts: Mapping[str, float], meter: "_Meter"
 ) -> Tensor:
     """Sum of coef * numerator / step-wide count over the task's and the strategies' terms."""
-    losses_N = F.cross_entropy(out.logits_NV.float(), micro.targets_N, reduction="none")
+    losses_N = F.cross_entropy(wide(out.logits_NV), micro.targets_N, reduction="none")
     weighted_N = losses_N * _task_weights(micro)
     total = weighted_N.sum() / max(counts[TASK_TOKENS], 1e-12)
     values = {}

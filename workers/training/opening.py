@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
-from workers.data.tokens import TokenStore, load_tokens
-from workers.evaluation.evaluate import evaluate, validation_loss
 
 from app.domain.policy import Policy
 from app.domain.runplan import BasePlan, BenchmarkPlan, RowsPlan, RunPlan
+from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
+from workers.data.tokens import TokenStore, load_tokens
+from workers.evaluation import evaluate, validation_loss
 from workers.training.blend import make_blend
 from workers.training.build import build_run, load_tokenizer
 from workers.training.conversation import Conversation
-from workers.training.forward import evaluating
+from workers.training.forward import SelectedLogits, evaluating
 from workers.training.ranks import Ranks
 from workers.training.session import Session
-from workers.training.suite import Indices, Measured, Suite, most_gate_items
+from workers.training.suite import Indices, Measured, Score, Suite, most_gate_items
 
 TIMED_STEPS = 5  # before the evaluation budget is spent; the first is a warm-up
 
@@ -54,21 +54,6 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
     policy = plan.policy or Policy()
     budget = plan.training.max_tokens_per_micro_batch
 
-    def score(benchmark: BenchmarkPlan, indices: Indices) -> Measured:
-        with evaluating(run.model), run.student.precision(device):
-            scores, tokens = evaluate(
-                run.model,
-                tokenizer,
-                benchmark,
-                indices,
-                chat_template=template,
-                token_budget=budget,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-            )
-        merged = None if tokens is None else ranks.merge_scores(tokens)
-        return Measured(ranks.merge_scores(scores), merged)
-
     def validate() -> tuple[float | None, float | None]:
         if validation is None:
             return None, None
@@ -80,13 +65,45 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
         run=run,
         talk=talk,
         tokenizer=tokenizer,
-        suite=Suite.read(plan.benchmarks, score, plan.gate_items or most_gate_items(policy)),
+        suite=Suite.read(
+            plan.benchmarks,
+            make_score(run.student, tokenizer, template, budget, ranks),
+            plan.gate_items or most_gate_items(policy),
+        ),
         validate=validate,
-        blend=lambda: make_blend(run, plan.base),
+        blend=lambda: make_blend(run.ctx.params, run.ctx.lora_pairs, plan.base),
         is_planned=is_planned(plan),
         eval_interval=first_interval(plan, run.ctx.num_training_rows),
         first_eval_step=1 if _interval_is_fixed(plan) else TIMED_STEPS + 1,
     )
+
+
+def make_score(
+    student: SelectedLogits,
+    tokenizer: Any,  # noqa: ANN401 - transformers has no types
+    template: str | None,
+    token_budget: int,
+    ranks: Ranks,
+) -> Score:
+    """Measures a model as it stands at the call, its items shared among the ranks."""
+
+    def score(benchmark: BenchmarkPlan, indices: Indices) -> Measured:
+        device = next(student.model.parameters()).device
+        with evaluating(student.model), student.precision(device):
+            scores, tokens = evaluate(
+                student.model,
+                tokenizer,
+                benchmark,
+                indices,
+                chat_template=template,
+                token_budget=token_budget,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+        merged = None if tokens is None else ranks.merge_scores(tokens)
+        return Measured(ranks.merge_scores(scores), merged)
+
+    return score
 
 
 def chat_template(base: BasePlan) -> str | None:

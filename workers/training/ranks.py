@@ -99,7 +99,7 @@ class Ranks:
 
         gathered: list[Any] = [None] * self.world_size
         distributed.all_gather_object(gathered, scores, group=self._control)
-        merged = gathered[0].copy()
+        merged: NDArray[np.float32] = gathered[0].copy()
         for part in gathered[1:]:
             merged = np.where(np.isnan(merged), part, merged)
         return merged

@@ -163,13 +163,22 @@ def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
     started = time.perf_counter()
     came_from = session.phase
     session.enter("evaluating")
+    valid_loss, valid_accuracy = session.validate()
+    if (
+        run.history
+    ):  # before the checkpoint is saved, so that a resumed attempt's result file has it
+        values = {
+            **run.history[-1].values,
+            "valid_loss": _finite(valid_loss),
+            "valid_mean_token_accuracy": _finite(valid_accuracy),
+        }
+        run.history[-1] = run.history[-1].model_copy(update={"values": values})
     if not save(session, is_evaluated=True):
         if is_last:
             raise OSError("no room for the last checkpoint")  # a crash: tried again elsewhere
         session.enter(came_from)
         return None
     marks = session.suite.measure("gate")
-    valid_loss, valid_accuracy = session.validate()
     window = run.history[-max(session.eval_interval, 1) :]
     losses = [row.train_loss for row in window]
     train_loss = (

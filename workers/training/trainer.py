@@ -52,7 +52,8 @@ def run_plan(plan: RunPlan | ExportPlan, socket_path: str) -> int:
 
     from workers.training.build import choose_device
     from workers.training.conversation import Conversation, Line
-    from workers.training.flow import export, fine_tune
+    from workers.training.exporting import export
+    from workers.training.flow import fine_tune
     from workers.training.process import prepare_torch
     from workers.training.ranks import Ranks
 
