@@ -22,7 +22,7 @@ term k over all micro-batches and ranks of the step (`count_terms`), known befor
 # Shape letters: B rows, T tokens, N selected positions of a micro-batch, V vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +73,25 @@ class Micro:
         rows_B = torch.tensor([s in names for s in self.sources], device=self.row_of_N.device)
         return rows_B[self.row_of_N]
 
+    def single_rows(self) -> "Iterator[Micro]":
+        """Each row alone, without what follows its last supervised position."""
+        width = self.input_ids_BT.shape[1]
+        for row in range(self.input_ids_BT.shape[0]):
+            own = self.row_of_N == row
+            columns_N = self.positions_N[own] - row * width
+            length = int(columns_N.max()) + 1 if columns_N.numel() else 1
+            yield replace(
+                self,
+                input_ids_BT=self.input_ids_BT[row : row + 1, :length],
+                positions_N=columns_N,
+                targets_N=self.targets_N[own],
+                row_of_N=torch.zeros_like(columns_N),
+                weights_N=self.weights_N[own],
+                sources=self.sources[row : row + 1],
+                sample_ids=self.sample_ids[row : row + 1],
+                is_task_B=self.is_task_B[row : row + 1],
+            )
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -119,6 +138,31 @@ class Cost:
     trainable_copies: float = 0.0
 
 
+@dataclass
+class Tally:
+    """What a quadratic penalty did in a step; tensors stay on their device until they are read."""
+
+    squared_norms: list[Tensor] = field(default_factory=list)
+    penalties: list[Tensor] = field(default_factory=list)
+    capped: list[Tensor] = field(default_factory=list)  # 1 for a block whose cap bound, else 0
+
+    def clear(self) -> None:
+        """Forgets the step before."""
+        self.squared_norms.clear()
+        self.penalties.clear()
+        self.capped.clear()
+
+    def read(self) -> dict[str, float]:
+        """`applied_norm`, `penalty` and, where blocks can be capped, `capped_share`."""
+        values = {
+            "applied_norm": _total(self.squared_norms) ** 0.5,
+            "penalty": _total(self.penalties),
+        }
+        if self.capped:
+            values["capped_share"] = _total(self.capped) / len(self.capped)
+        return values
+
+
 @dataclass(frozen=True)
 class Pull:
     """A quadratic pull (13a) of one parameter toward `anchor` with coefficient `strength * importance`.
@@ -130,6 +174,7 @@ class Pull:
     strength: float
     importance: Tensor | None  # shape of the parameter, float32; None means 1 everywhere
     anchor: Tensor
+    tally: Tally | None = None  # of the strategy; filled in while the pull is applied
     applied_sq: Tensor | None = None  # scalar; the squared displacement by this pull is added to it
 
 
@@ -289,3 +334,26 @@ class Strategy:
             raise ValueError(
                 f"state of {state['kind']} v{state['version']} given to {self.kind} v{self.version}"
             )
+
+
+def check_tensors(
+    kind: str, tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+) -> None:
+    """Refuses saved tensors that do not fit the run.
+
+    Raises:
+        ValueError: A missing or unknown name, or a wrong shape.
+    """
+    if tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())[0]
+        problem = "is missing" if odd in expected else "belongs to no trained weight"
+        raise ValueError(f"state of {kind}: {odd} {problem}")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"state of {kind}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)}"
+            )
+
+
+def _total(parts: Sequence[Tensor]) -> float:
+    return float(torch.stack([part.double() for part in parts]).sum()) if parts else 0.0

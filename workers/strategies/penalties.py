@@ -1,43 +1,148 @@
-"""Shared mathematics of the strategies, as functions of tensors."""
+"""The mathematics that strategies share, as functions of tensors."""
 
-# Shape letters: N tokens, V vocabulary, O output features, I input features, R adapter rank.
+# Shape letters: N positions, V vocabulary, R rank of an adapter, I inputs and O outputs of a linear layer.
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal, assert_never
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from workers.strategies.base import LoraPair, Pull
+from workers.strategies.base import Pull, Tally
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-CHUNK = 1 << 15  # elements; four float32 arrays of it stay in a core's second-level cache
+
+CHUNK_ELEMENTS = 1 << 15  # on a CPU: the operands of one element-wise pass stay in its cache
+CHUNK_ELEMENTS_DEVICE = 1 << 24
+CHUNK_LOGITS = 1 << 20  # logits handled at once by a divergence: bounds its temporaries
 
 
-def wide(values: Tensor) -> Tensor:
-    """At least float32: half precision loses the tails of logits, and small differences of weights."""
-    return values.float() if values.dtype.itemsize < 4 else values
+class LoraPenalty(NamedTuple):
+    """A quadratic penalty of an adapter's effective change, for strength 1, and its gradients."""
+
+    value: Tensor
+    grad_A_RI: Tensor
+    grad_B_OR: Tensor
 
 
-def quadratic_penalty(theta: Tensor, anchor: Tensor, importance: Tensor | None) -> Tensor:
-    """Half of sum importance * (theta - anchor)^2; the strength is the caller's."""
-    offset = wide(theta) - anchor
-    weighted = offset if importance is None else offset * importance
-    return 0.5 * (weighted * offset).sum()
+def quadratic_penalty(parameter: Tensor, anchor: Tensor, importance: Tensor | None) -> Tensor:
+    """1/2 * sum of importance * (parameter - anchor)^2; importance None means 1 everywhere."""
+    difference = parameter - anchor
+    weighted = difference if importance is None else importance * difference
+    return 0.5 * (weighted * difference).sum()
 
 
-def quadratic_gradient(theta: Tensor, anchor: Tensor, importance: Tensor | None) -> Tensor:
-    """Gradient of `quadratic_penalty`: importance * (theta - anchor)."""
-    offset = theta.to(anchor.dtype) - anchor
-    return offset if importance is None else offset.mul_(importance)
+def quadratic_gradient(parameter: Tensor, anchor: Tensor, importance: Tensor | None) -> Tensor:
+    """The gradient of `quadratic_penalty`: importance * (parameter - anchor)."""
+    difference = parameter - anchor
+    return difference if importance is None else difference.mul_(importance)
 
 
-def layerwise_scale(task_gradient: Tensor, pull_gradient: Tensor, rho: float) -> Tensor:
-    """min(1, rho |g| / |pull|): a cap that only ever shrinks the pull; keeps the minimiser for rho > 1 (LARS-like)."""
-    pull = torch.linalg.vector_norm(pull_gradient)
-    cap = rho * torch.linalg.vector_norm(task_gradient)
-    return torch.where(pull > cap, cap / pull.clamp_min(1e-30), torch.ones_like(pull))
+def lora_penalty(
+    lora_A_RI: Tensor,
+    lora_B_OR: Tensor,
+    scale: float,
+    *,
+    rows_O: Tensor | None = None,
+    columns_I: Tensor | None = None,
+) -> LoraPenalty:
+    """1/2 * sum over ij of u_i v_j dW_ij^2 with dW = scale * B A, in O((I + O) R^2): dW is never made.
+
+    It equals 1/2 * scale^2 * tr(B' diag(u) B . A diag(v) A'). Being a function of dW it is zero at
+    B = 0 and does not change when (B, A) becomes (B M, M^-1 A).
+
+    Args:
+        lora_A_RI: Factor on the side of the inputs.
+        lora_B_OR: Factor on the side of the outputs.
+        scale: Of the adapter.
+        rows_O: Importance u of each output; None means 1.
+        columns_I: Importance v of each input; None means 1.
+    """
+    weighted_A = lora_A_RI if columns_I is None else lora_A_RI * columns_I
+    weighted_B = lora_B_OR if rows_O is None else lora_B_OR * rows_O[:, None]
+    inner_A_RR = weighted_A @ lora_A_RI.T
+    inner_B_RR = lora_B_OR.T @ weighted_B
+    squared = scale * scale
+    return LoraPenalty(
+        value=0.5 * squared * (inner_B_RR * inner_A_RR).sum(),
+        grad_A_RI=squared * (inner_B_RR @ weighted_A),
+        grad_B_OR=squared * (weighted_B @ inner_A_RR),
+    )
+
+
+def layer_cap(gradient_norm: Tensor, pull_norm: Tensor, rho: float) -> Tensor:
+    """min(1, rho * |g| / |pull|), a LARS-like factor that only ever shrinks a block's pull.
+
+    For rho > 1 the minimiser stays where it is: there |g| = |pull|, so the cap does not bind.
+    """
+    tiny = torch.finfo(pull_norm.dtype).tiny
+    return (rho * gradient_norm / pull_norm.clamp(min=tiny)).clamp(max=1.0)
+
+
+def add_pull_gradient(parameter: nn.Parameter, pull: Pull, *, rho: float | None) -> None:
+    """Adds a pull's gradient, strength * importance * (parameter - anchor), to `parameter.grad`.
+
+    Args:
+        parameter: Its gradient is that of the task by now, summed over ranks.
+        pull: What to add; its tally is filled in.
+        rho: Bound of the pull's norm as a multiple of the gradient's, block by block; None is off.
+    """
+    with torch.no_grad():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        values = (pull.anchor, pull.importance)
+        parts = list(_chunks(parameter.detach(), parameter.grad, *values))
+        squared = parameter.new_zeros((), dtype=_wide(parameter))
+        energy = torch.zeros_like(squared)
+        for theta, _, anchor, importance in parts:
+            difference = theta.to(anchor.dtype) - anchor
+            weighted = difference if importance is None else difference * importance
+            squared += torch.dot(weighted, weighted)
+            energy += torch.dot(weighted, difference)
+        squared *= pull.strength**2
+        factor = torch.ones_like(squared)
+        if rho is not None:
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=squared.dtype)
+            factor = layer_cap(norm, squared.sqrt(), rho)
+        for theta, grad, anchor, importance in parts:
+            difference = quadratic_gradient(theta.to(anchor.dtype), anchor, importance)
+            grad.add_(difference.mul_(factor * pull.strength).to(grad.dtype))
+        if pull.tally is not None:
+            pull.tally.squared_norms.append(squared * factor**2)
+            pull.tally.penalties.append(0.5 * pull.strength * energy)
+            if rho is not None:
+                pull.tally.capped.append((factor < 1).to(squared.dtype))
+
+
+def add_lora_gradient(
+    lora_A: nn.Parameter,
+    lora_B: nn.Parameter,
+    penalty: LoraPenalty,
+    strength: float,
+    tally: Tally,
+    *,
+    rho: float | None,
+) -> None:
+    """Adds the gradients of an adapter's penalty; the pair is one block for the cap `rho`."""
+    with torch.no_grad():
+        pairs = ((lora_A, penalty.grad_A_RI), (lora_B, penalty.grad_B_OR))
+        squared = torch.stack([(extra * extra).sum() for _, extra in pairs]).sum() * strength**2
+        factor = torch.ones_like(squared)
+        if rho is not None:
+            norms = [torch.linalg.vector_norm(p.grad) for p, _ in pairs if p.grad is not None] or [
+                torch.zeros_like(squared)
+            ]
+            gradient_norm = torch.linalg.vector_norm(torch.stack(norms)).to(squared.dtype)
+            factor = layer_cap(gradient_norm, squared.sqrt(), rho)
+            tally.capped.append((factor < 1).to(squared.dtype))
+        for parameter, extra in pairs:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_((extra * (factor * strength)).to(parameter.grad.dtype))
+        tally.squared_norms.append(squared * factor**2)
+        tally.penalties.append(strength * penalty.value)
 
 
 def apply_pulls(
@@ -45,148 +150,187 @@ def apply_pulls(
     pulls: Sequence[Mapping[str, Pull]],
     learning_rates: Mapping[str, float],
 ) -> None:
-    """One implicit step over the summed pulls of all strategies, in place (hook 13a).
+    """13a: moves parameters, in place, to the minimum of all their pulls and the way back.
 
-    theta <- theta + lr * sum_k c_k (a_k - theta) / (1 + lr * sum_k c_k), with c_k = strength * importance:
-    the fixed point of the implicit Euler step of the quadratic pulls, stable for any strength.
+    theta <- (theta + lr * sum_k c_k F_k a_k) / (1 + lr * sum_k c_k F_k), which is stable for any
+    strength. Each pull's share of the displacement is lr * c_k F_k (a_k - theta') at the new theta', so
+    its norm is tallied exactly, also where several strategies pull.
 
     Args:
         params: Trainable parameters by canonical name.
-        pulls: One mapping a strategy, by parameter name.
-        learning_rates: Rate of each parameter in this step.
+        pulls: Those of every strategy, by canonical name.
+        learning_rates: Of this step, by canonical name.
     """
+    by_name: dict[str, list[Pull]] = {}
+    for of_one in pulls:
+        for name, pull in of_one.items():
+            if pull.strength * learning_rates[name] > 0:
+                by_name.setdefault(name, []).append(pull)
     with torch.no_grad():
-        for name, parameter in params.items():
-            own = [mapping[name] for mapping in pulls if name in mapping]
-            if own:
-                _pull_one(parameter, own, learning_rates[name])
+        for name, own in by_name.items():
+            _pull_parameter(params[name].detach(), own, learning_rates[name])
 
 
-def _pull_one(parameter: nn.Parameter, pulls: Sequence[Pull], rate: float) -> None:
-    """In chunks, so that what is computed between stays in cache: the step is bound by memory."""
-    flat = parameter.data.view(-1) if parameter.is_contiguous() else parameter.data.reshape(-1)
-    anchors = [pull.anchor.reshape(-1) for pull in pulls]
-    importances = [None if p.importance is None else p.importance.reshape(-1) for p in pulls]
-    for start in range(0, flat.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
-        if len(pulls) == 1:
-            moved = _pull_alone(
-                flat[part], anchors[0][part], _part(importances[0], part), rate * pulls[0].strength
-            )
-            _meter(pulls[0], moved)
-            continue
-        coefficients = [
-            torch.full_like(flat[part], rate * pull.strength, dtype=torch.float32)
-            if importance is None
-            else importance[part] * (rate * pull.strength)
-            for pull, importance in zip(pulls, importances, strict=True)
-        ]
-        total = torch.stack(coefficients).sum(0).add_(1.0)
-        moves = [
-            (anchor[part] - flat[part]).mul_(coefficient).div_(total)
-            for anchor, coefficient in zip(anchors, coefficients, strict=True)
-        ]
-        for pull, move in zip(pulls, moves, strict=True):
-            _meter(pull, move)
-        flat[part] += torch.stack(moves).sum(0)
-    if not parameter.is_contiguous():
-        parameter.data.copy_(flat.view_as(parameter))
-
-
-def _pull_alone(
-    theta: Tensor, anchor: Tensor, importance: Tensor | None, strength: float
-) -> Tensor:
-    """The step for a single pull; returns the displacement."""
-    moved = anchor - theta
-    if importance is None:
-        moved.mul_(strength / (1.0 + strength))
-    else:
-        weight = importance * strength
-        moved.mul_(weight).div_(weight.add_(1.0))
-    theta += moved
-    return moved
-
-
-def _part(values: Tensor | None, part: slice) -> Tensor | None:
-    return None if values is None else values[part]
-
-
-def _meter(pull: Pull, moved: Tensor) -> None:
-    if pull.applied_sq is not None:
-        pull.applied_sq.add_(torch.dot(moved, moved))
-
-
-def factored_penalty(pair: LoraPair, rows_O: Tensor | None, columns_I: Tensor | None) -> Tensor:
-    """Half of sum_ij u_i v_j (dW_ij)^2 for dW = scale * B A, without forming dW.
-
-    Equals scale^2 / 2 * tr(B' diag(u) B . A diag(v) A'); None means ones, which gives |dW|_F^2 / 2.
-    It depends on the product B A alone: (B R, R^-1 A) has the same value.
-    """
-    left_RR, right_RR = _gram(pair, rows_O, columns_I)
-    return 0.5 * pair.scale**2 * (left_RR * right_RR.T).sum()
-
-
-def factored_gradients(
-    pair: LoraPair, rows_O: Tensor | None, columns_I: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `factored_penalty` with respect to A and B, in O((O + I) R^2)."""
-    left_RR, right_RR = _gram(pair, rows_O, columns_I)
-    square = pair.scale**2
-    grad_A = square * (left_RR @ pair.lora_A.detach())
-    grad_B = square * (pair.lora_B.detach() @ right_RR)
-    if columns_I is not None:
-        grad_A = grad_A * columns_I
-    if rows_O is not None:
-        grad_B = grad_B * rows_O[:, None]
-    return grad_A, grad_B
-
-
-def _gram(pair: LoraPair, rows_O: Tensor | None, columns_I: Tensor | None) -> tuple[Tensor, Tensor]:
-    """B' diag(u) B and A diag(v) A'."""
-    lora_A, lora_B = pair.lora_A.detach(), pair.lora_B.detach()
-    weighted_B = lora_B if rows_O is None else lora_B * rows_O[:, None]
-    weighted_A = lora_A if columns_I is None else lora_A * columns_I
-    return lora_B.T @ weighted_B, weighted_A @ lora_A.T
-
-
-def divergence(
+def divergence_sum(
     student_NV: Tensor,
     teacher_NV: Tensor,
     *,
-    kind: Divergence,
-    temperature: float,
+    divergence: Divergence = "forward_kl",
+    temperature: float = 1.0,
     beta: float = 0.5,
     rescale: bool = True,
-) -> Tensor:
-    """Divergence of teacher p and student q, summed over tokens, in nats times temperature squared.
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of T^2 * D(teacher, student), each softened by T, in float32 or wider.
 
-    `forward_kl` is KL(p || q), `reverse_kl` KL(q || p); `jsd` is beta KL(p || m) + (1 - beta) KL(q || m) with
-    m = beta p + (1 - beta) q, divided by beta (1 - beta) when `rescale`, so that it tends to the two KLs at
-    the ends instead of to 0 (Agarwal 2024). The square of the temperature keeps the gradient's scale (Hinton 2015).
+    `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), and `jsd` is
+    beta KL(p || M) + (1 - beta) KL(q || M) with M = beta p + (1 - beta) q. The gradient is computed in
+    closed form beside the value, chunk by chunk, so nothing of size (N, V) is kept but the gradient.
 
     Args:
         student_NV: Logits of the model in training.
-        teacher_NV: Logits of the frozen starting model, without gradient.
-        kind: Which divergence.
-        temperature: Above 0.
-        beta: Of `jsd`, between 0 and 1.
-        rescale: Of `jsd`.
+        teacher_NV: Logits to stay near to; no gradient flows into them.
+        divergence: Which.
+        temperature: Above 0. The square keeps gradients at one size over temperatures.
+        beta: Weight of the teacher in `jsd`, strictly between 0 and 1.
+        rescale: Divides `jsd` by beta (1 - beta), or beta acts as a hidden learning rate: it then tends to
+            forward KL for beta -> 0 and to reverse KL for beta -> 1.
+
+    Returns:
+        The sum in nats, and the squared norm of its gradient with respect to the student's logits.
+
+    Raises:
+        ValueError: The shapes differ.
     """
-    student = torch.log_softmax(wide(student_NV) / temperature, -1)
-    teacher = torch.log_softmax(wide(teacher_NV) / temperature, -1)
-    match kind:
-        case "forward_kl":
-            return _kl(teacher, student) * temperature**2
-        case "reverse_kl":
-            return _kl(student, teacher) * temperature**2
-        case "jsd":
-            mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-            value = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
-            scale = beta * (1 - beta) if rescale else 1.0
-            return value * (temperature**2 / scale)
-        case _:
-            assert_never(kind)
+    if student_NV.shape != teacher_NV.shape:
+        raise ValueError(
+            f"teacher logits are {tuple(teacher_NV.shape)}, student's {tuple(student_NV.shape)}"
+        )
+    factor = 1.0 / (beta * (1.0 - beta)) if divergence == "jsd" and rescale else 1.0
+    value, squared = _DivergenceSum.apply(  # type: ignore[no-untyped-call]
+        student_NV, teacher_NV.detach(), divergence, temperature, beta, factor
+    )
+    return value, squared
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum()
+class _DivergenceSum(torch.autograd.Function):
+    """`divergence_sum` with its closed-form gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        student_NV: Tensor,
+        teacher_NV: Tensor,
+        divergence: Divergence,
+        temperature: float,
+        beta: float,
+        factor: float,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(student_NV.dtype, torch.float32)
+        gradient_NV = torch.empty_like(student_NV)
+        value = student_NV.new_zeros((), dtype=wide)
+        squared = torch.zeros_like(value)
+        rows = max(CHUNK_LOGITS // max(student_NV.shape[-1], 1), 1)
+        parts = (x.split(rows) for x in (student_NV, teacher_NV, gradient_NV))
+        for student, teacher, gradient in zip(*parts, strict=True):
+            log_q = torch.log_softmax(student.to(wide) / temperature, -1)
+            log_p = torch.log_softmax(teacher.to(wide) / temperature, -1)
+            losses, slope = _divergence(log_p, log_q, divergence, beta)
+            value += losses.sum() * (temperature**2 * factor)
+            slope *= temperature * factor
+            squared += (slope * slope).sum()
+            gradient.copy_(slope)
+        context: Any = ctx
+        context.save_for_backward(gradient_NV)
+        context.mark_non_differentiable(squared)
+        return value, squared
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_value: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        context: Any = ctx
+        (gradient_NV,) = context.saved_tensors
+        return gradient_NV * grad_value.to(gradient_NV.dtype), None, None, None, None, None
+
+
+def _divergence(
+    log_p: Tensor, log_q: Tensor, divergence: Divergence, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Divergence of each token, and its gradient with respect to the logits behind `log_q`."""
+    q = log_q.exp()
+    if divergence == "forward_kl":
+        p = log_p.exp()
+        return (p * (log_p - log_q)).sum(-1), q - p
+    if divergence == "reverse_kl":
+        ratio = log_q - log_p
+        losses = (q * ratio).sum(-1)
+        return losses, q * (ratio - losses[..., None])
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    ratio = log_q - log_m  # d D / d q_j = (1 - beta) log(q_j / M_j): all other terms cancel
+    of_student = (q * ratio).sum(-1)
+    losses = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1.0 - beta) * of_student
+    return losses, (1.0 - beta) * q * (ratio - of_student[..., None])
+
+
+def _pull_parameter(parameter: Tensor, pulls: Sequence[Pull], rate: float) -> None:
+    operands = [value for pull in pulls for value in (pull.anchor, pull.importance)]
+    sums = parameter.new_zeros((len(pulls), 2), dtype=_wide(parameter))
+    for theta, *rest in _chunks(parameter, *operands):
+        wide = theta.to(rest[0].dtype)
+        if len(pulls) == 1:
+            _pull_once(wide, rest[0], rest[1], pulls[0].strength * rate)
+        else:
+            _pull_jointly(wide, rest, [pull.strength * rate for pull in pulls])
+        if wide is not theta:
+            theta.copy_(wide)
+        for k, pull in enumerate(pulls):
+            if pull.tally is not None:
+                _tally(sums[k], wide, rest[2 * k], rest[2 * k + 1])
+    for pull, (squared, energy) in zip(pulls, sums, strict=True):
+        if pull.tally is not None:
+            pull.tally.squared_norms.append(squared * (pull.strength * rate) ** 2)
+            pull.tally.penalties.append(energy * (0.5 * pull.strength))
+
+
+def _pull_once(theta: Tensor, anchor: Tensor, importance: Tensor | None, weight: float) -> None:
+    """theta <- anchor + (theta - anchor) / (1 + weight * importance)."""
+    if importance is None:
+        torch.lerp(anchor, theta, 1.0 / (1.0 + weight), out=theta)
+    else:
+        kept = torch.mul(importance, weight).add_(1.0).reciprocal_()
+        torch.lerp(anchor, theta, kept, out=theta)
+
+
+def _pull_jointly(theta: Tensor, operands: Sequence[Any], weights: Sequence[float]) -> None:
+    total = torch.ones_like(theta)
+    for k, weight in enumerate(weights):
+        anchor, importance = operands[2 * k], operands[2 * k + 1]
+        if importance is None:
+            total += weight
+            theta.add_(anchor, alpha=weight)
+        else:
+            share = importance * weight
+            total += share
+            theta.addcmul_(share, anchor)
+    theta.div_(total)
+
+
+def _tally(sums: Tensor, theta: Tensor, anchor: Tensor, importance: Tensor | None) -> None:
+    """Adds sum (F d)^2 and sum F d^2 of a chunk while it is still in the cache."""
+    difference = theta - anchor
+    weighted = difference if importance is None else difference * importance
+    sums[0] += torch.dot(weighted, weighted)
+    sums[1] += torch.dot(weighted, difference)
+
+
+def _chunks(parameter: Tensor, *operands: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Flat slices of tensors of one shape, side by side; None stays None. Slices are views."""
+    size = CHUNK_ELEMENTS if parameter.device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
+    count = max(math.ceil(parameter.numel() / size), 1)
+    flat = [
+        (None,) * count if x is None else x.view(-1).split(size) for x in (parameter, *operands)
+    ]
+    yield from zip(*flat, strict=True)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""Distillation of logits from the model the run started from."""
+"""Distillation of logits from the model the job started from."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,25 +16,25 @@ from workers.strategies.base import (
     Stream,
     Term,
 )
-from workers.strategies.penalties import Divergence, divergence
+from workers.strategies.penalties import Divergence, divergence_sum
 
-TOKENS = "distillation_tokens"
-Source = Literal["domain", "general", "replay"]
+KD_TOKENS = "kd_tokens"  # its own denominator: supervised positions of the distilled rows
+GENERAL = "general"
 
 
 class Distillation(Strategy):
-    """strength * mean divergence from the starting model over the tokens of the chosen streams.
+    """Keeps the output distribution near that of the starting model, on chosen rows.
 
     Args:
         divergence: `forward_kl`, `reverse_kl` or `jsd`.
-        temperature: Of both distributions; the loss is rescaled by its square.
-        beta: Of `jsd`.
-        jsd_rescale: Divide `jsd` by beta (1 - beta).
-        on: Streams whose rows are distilled; `auto` is general rows, and replayed ones where there are any.
-        general_ratio: General rows added to each step as a share of the batch size.
+        temperature: Softens both distributions.
+        beta: Weight of the teacher in `jsd`.
+        jsd_rescale: Whether `jsd` is divided by beta (1 - beta).
+        on: Sources whose rows are distilled; `auto` is replay (where there is any) and general rows.
+        general_ratio: General rows added to each step, as a share of `batch_size`.
     """
 
-    kind = "distillation"
+    kind: ClassVar[str] = "distillation"
 
     def __init__(
         self,
@@ -43,86 +43,109 @@ class Distillation(Strategy):
         temperature: float = 1.0,
         beta: float = 0.5,
         jsd_rescale: bool = True,
-        on: Sequence[Source] | Literal["auto"] = "auto",
+        on: Sequence[str] | Literal["auto"] = "auto",
         general_ratio: float = 0.25,
     ) -> None:
-        self._divergence = divergence
-        self._temperature = temperature
-        self._beta = beta
-        self._rescale = jsd_rescale
-        self._sources: frozenset[str] = frozenset(("general", "replay") if on == "auto" else on)
-        self._general_ratio = general_ratio
-        self._value: Tensor | None = None
-        self._count: Tensor | None = None
-        self._strength = 0.0
+        self.divergence: Divergence = divergence
+        self.temperature = temperature
+        self.beta = beta
+        self.jsd_rescale = jsd_rescale
+        # A source without a stream has no rows, so `auto` may name replay whether or not it is on.
+        self.sources = frozenset(("replay", GENERAL) if on == "auto" else on)
+        self.general_ratio = general_ratio
+        self._coef = 0.0
+        self._tokens = 0
+        self._nats: list[Tensor] = []
+        self._squared_norms: list[Tensor] = []
 
     def needs(self) -> Needs:
-        """The teacher on the rows of its sources."""
+        """The teacher's logits on its sources."""
         return Needs(
             forward=frozenset({"teacher_logits"}),
-            teacher_sources=self._sources,
-            general_rows=self._sources != {"domain"},
+            teacher_sources=self.sources,
+            general_rows=GENERAL in self.sources,
             base_unmodified=True,
         )
 
     def cost(self) -> Cost:
-        """The added rows, and a third of a step of teacher forward on what is distilled."""
-        share = self._general_ratio * 4 / 3 if "general" in self._sources else 0.0
-        return Cost(
-            step_share=share + (1 / 3 if "domain" in self._sources else 0.0), model_copies=1.0
-        )
+        """A teacher forward is a third of a step; general rows are read by student and teacher."""
+        added = self.general_ratio * (4 / 3) if GENERAL in self.sources else 0.0
+        domain = 1 / 3 if "domain" in self.sources else 0.0
+        return Cost(step_share=added + domain, model_copies=1.0)
 
     def edit_streams(self, ctx: Context, streams: tuple[Stream, ...]) -> tuple[Stream, ...]:
-        """Adds general rows that enter no cross-entropy.
+        """Adds `general` rows, outside the task's cross-entropy, while it is turned on.
 
         Raises:
-            ValueError: There are no general rows.
+            ValueError: General rows are to be distilled and there are none.
         """
-        if ctx.strength(self.kind) == 0 or "general" not in self._sources:
+        if ctx.strength(self.kind) <= 0 or GENERAL not in self.sources:
             return streams
-        if ctx.num_general_rows == 0:
-            raise ValueError("distillation needs general rows, and none are left after the checks")
+        if any(stream.name == GENERAL for stream in streams):
+            return streams
+        if not ctx.num_general_rows:
+            raise ValueError("distillation: there are no general rows to distil on")
         rows = tuple(range(ctx.num_general_rows))
-        return (
-            *streams,
-            Stream("general", rows, "general", self._general_ratio, counts_as_task=False),
-        )
+        stream = Stream(GENERAL, rows, "general", self.general_ratio, counts_as_task=False)
+        return (*streams, stream)
 
     def on_step_start(self, ctx: Context) -> None:
-        """Empties the meters."""
-        self._value = self._count = None
-        self._strength = ctx.strength(self.kind)
+        """Begins the sums of the step."""
+        self._coef = ctx.strength(self.kind)
+        self._tokens = 0
+        self._nats.clear()
+        self._squared_norms.clear()
 
     def count_terms(self, ctx: Context, micro: Micro) -> Mapping[str, float]:
-        """Distilled tokens of the micro-batch."""
-        if ctx.strength(self.kind) == 0:
+        """Supervised positions of the rows that are distilled."""
+        if ctx.strength(self.kind) <= 0:
             return {}
-        return {TOKENS: float(micro.source_mask_N(self._sources).sum())}
+        return {KD_TOKENS: float(micro.source_mask_N(self.sources).sum())}
 
     def loss_terms(self, ctx: Context, micro: Micro, out: Forward) -> Sequence[Term]:
-        """The divergence, summed over the micro-batch's distilled tokens."""
-        strength = ctx.strength(self.kind)
-        if strength == 0 or out.teacher_logits_NV is None or out.teacher_mask_N is None:
+        """The divergence, summed over the micro-batch's distilled positions.
+
+        Raises:
+            ValueError: The teacher has not read them.
+        """
+        coef = ctx.strength(self.kind)
+        if coef <= 0 or self.sources.isdisjoint(micro.sources):
             return ()
-        own_N = micro.source_mask_N(self._sources)
-        if not bool(own_N.any()):
+        own_N = micro.source_mask_N(self.sources)
+        count = int(own_N.sum())
+        if count == 0:
             return ()
-        value = divergence(
+        if out.teacher_logits_NV is None or out.teacher_mask_N is None:
+            raise ValueError("distillation: the forward came without the teacher's logits")
+        taught = own_N[out.teacher_mask_N]  # the teacher may have read other rows for others
+        if int(taught.sum()) != count:
+            raise ValueError("distillation: the teacher has not read all of its rows")
+        nats, squared_norm = divergence_sum(
             out.logits_NV[own_N],
-            out.teacher_logits_NV[own_N[out.teacher_mask_N]],
-            kind=self._divergence,
-            temperature=self._temperature,
-            beta=self._beta,
-            rescale=self._rescale,
+            out.teacher_logits_NV[taught],
+            divergence=self.divergence,
+            temperature=self.temperature,
+            beta=self.beta,
+            rescale=self.jsd_rescale,
         )
-        detached, count = value.detach(), own_N.sum()
-        self._value = detached if self._value is None else self._value + detached
-        self._count = count if self._count is None else self._count + count
-        return (Term(self.kind, value, TOKENS, strength),)
+        self._tokens += count
+        self._nats.append(nats.detach())
+        self._squared_norms.append(squared_norm)
+        return (Term("distillation", nats, KD_TOKENS, coef),)
 
     def metrics(self) -> Mapping[str, float]:
-        """Mean divergence in nats per token on this rank, and its weight in the loss."""
-        if self._value is None or self._count is None:
-            return {"applied_norm": 0.0}
-        mean = float(self._value / torch.clamp(self._count, min=1))
-        return {"divergence": mean, "applied_norm": self._strength * abs(mean)}
+        """Of this rank's part of the step.
+
+        `kd_nats` is the mean divergence of a token, `penalty` that times the strength, and
+        `applied_norm` the norm of the penalty's gradient with respect to the student's logits.
+        """
+        if not self._tokens:
+            return {"applied_norm": 0.0, "penalty": 0.0, "kd_nats": 0.0, "kd_tokens": 0.0}
+        nats = float(torch.stack(self._nats).double().sum()) / self._tokens
+        norm = float(torch.stack(self._squared_norms).double().sum()) ** 0.5
+        return {
+            "applied_norm": self._coef * norm / self._tokens,
+            "penalty": self._coef * nats,
+            "kd_nats": nats,
+            "kd_tokens": float(self._tokens),
+        }

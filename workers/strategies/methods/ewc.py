@@ -1,288 +1,403 @@
-"""Elastic weight consolidation (Kirkpatrick 2017): a quadratic anchor weighted by the Fisher information."""
+"""Elastic weight consolidation: a quadratic anchor weighted by the Fisher information."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+# Shape letters: B rows, T tokens, N supervised positions, V vocabulary, I inputs and O outputs of a layer.
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workers.strategies.base import Context, Cost, Micro, Needs, Pull, StateDict, Strategy
-from workers.strategies.penalties import (
-    factored_gradients,
-    layerwise_scale,
-    quadratic_gradient,
-    wide,
+from workers.strategies.base import (
+    Context,
+    Cost,
+    Micro,
+    Needs,
+    Pull,
+    StateDict,
+    Strategy,
+    Tally,
+    check_tensors,
 )
+from workers.strategies.penalties import add_lora_gradient, add_pull_gradient, lora_penalty
 
-MAX_PASSES = 128  # the estimator's error falls as 1 / sqrt(passes)
-QUANTILE_SAMPLE = 1_000_000
+GROUP_ELEMENTS = 1 << 27  # frozen weights whose gradients a pass of an adapter's run holds at once
+SORTED_ELEMENTS = 1 << 22  # a quantile is taken of at most so many evenly spaced values
+CHUNK_LOGITS = 1 << 22
+
+FisherType = Literal["true", "empirical"]
 
 
 class Ewc(Strategy):
-    """strength / 2 * sum F_i (theta_i - theta0_i)^2, F the diagonal Fisher information of general text.
+    """Penalty strength / 2 * sum of F (theta - anchor)^2 with F the diagonal Fisher per token.
 
-    The Fisher is per token. `true` samples the labels from the model and squares the gradient of the *summed*
-    loss of a group of documents: unbiased whatever the group's size, since sampled scores are independent with
-    mean zero (Gauss-Newton-Bartlett). `empirical` squares the gradient of every single document's data labels.
+    With adapters the penalty is on the effective change of each adapted weight, anchored at the frozen
+    base weight, with F factored into the means of its rows and columns.
 
-    With adapters the penalty is on the effective change dW = s B A with F ~ u v' from the row and column means
-    of the Fisher of the adapted matrices: closed form, invariant to (B R, R^-1 A), m + n numbers a matrix.
+    The Fisher is measured on general rows when a task starts: for the first of the starting model (cached
+    across jobs), for a later one of the weights as they are, added to the decayed former.
 
     Args:
-        penalty_mode: `implicit` is a decoupled step after the optimiser, stable for any strength; `gradient`
-            adds the pull to the gradient. Adapters always use the gradient.
-        fisher_type: `true` or `empirical`.
-        fisher_samples: Documents of general data.
-        fisher_normalize: `mean` or `max` scale that of all entries to 1.
-        fisher_clip: Entries above this quantile are cut to it; 1 is off.
-        gamma: Decay of the former importance at every later task (online EWC, Schwarz 2018).
-        rho: Layer-wise cap in gradient mode; None is off.
+        penalty_mode: `implicit` takes a decoupled step that is stable for any strength; `gradient` adds the
+            penalty's gradient before clipping. Adapters always use the gradient.
+        fisher_type: `true` samples labels from the model; `empirical` takes those of the data and squares
+            document by document, which is exact and slower.
+        fisher_samples: General rows that are read.
+        fisher_normalize: `mean` and `max` scale F so that its mean or maximum over all weights is 1.
+        fisher_clip: Quantile above which F is cut off, before it is normalised; 1 is off.
+        gamma: Decay of the former tasks' Fisher.
+        rho: In gradient mode the pull of a block is at most so many times its task gradient; None is off.
     """
 
-    kind = "ewc"
+    kind: ClassVar[str] = "ewc"
 
     def __init__(
         self,
         *,
         penalty_mode: Literal["implicit", "gradient"] = "implicit",
-        fisher_type: Literal["true", "empirical"] = "true",
+        fisher_type: FisherType = "true",
         fisher_samples: int = 1024,
         fisher_normalize: Literal["none", "mean", "max"] = "mean",
         fisher_clip: float = 0.999,
         gamma: float = 0.95,
         rho: float | None = 5.0,
     ) -> None:
-        self._mode = penalty_mode
-        self._fisher_type = fisher_type
-        self._samples = fisher_samples
-        self._normalize = fisher_normalize
-        self._clip = fisher_clip
-        self._gamma = gamma
-        self._rho = rho
-        # by parameter name; with adapters `<pair>.rows` and `<pair>.columns`
-        self._importance: dict[str, Tensor] = {}
-        self._anchor: dict[str, Tensor] = {}
-        self._applied_sq: Tensor | None = None
-        self._bound: list[Tensor] = []
+        self.penalty_mode = penalty_mode
+        self.fisher_type: FisherType = fisher_type
+        self.fisher_samples = fisher_samples
+        self.fisher_normalize = fisher_normalize
+        self.fisher_clip = fisher_clip
+        self.gamma = gamma
+        self.rho = rho
+        #: By `importance/<parameter>`, or `rows/<layer>` and `columns/<layer>` with adapters.
+        self.importance: dict[str, Tensor] = {}
+        self.anchor: dict[str, Tensor] = {}
+        self._tally = Tally()
+        self._expected: dict[str, torch.Size] | None = None
 
     def needs(self) -> Needs:
-        """General rows for the Fisher pass."""
-        return Needs(general_rows=True)
+        """General rows, and with adapters that the frozen base is what they are added to."""
+        return Needs(general_rows=True, base_unmodified=True)
 
     def cost(self) -> Cost:
-        """The pass, then importance and anchor beside what is trained."""
+        """A pass over the parameters in each step, Fisher and anchor."""
         return Cost(step_share=0.02, trainable_copies=2.0)
 
-    def on_task_start(self, ctx: Context) -> None:
-        """Measures the importance at the present weights and anchors there.
-
-        Raises:
-            ValueError: There are no general rows.
-        """
-        if ctx.num_general_rows == 0:
-            raise ValueError("ewc needs general rows, and none are left after the checks")
-        settings = f"{self._fisher_type}/{self._samples}/{self._normalize}/{self._clip}"
-        key = f"fisher/v{self.version}/{settings}/task{ctx.task_index}"
-        # Only the first task starts at the base model; a later Fisher belongs to this run alone.
-        fresh = (
-            ctx.cached(key, lambda: self._measure(ctx))
-            if ctx.task_index == 0
-            else self._measure(ctx)
-        )
-        if self._importance:
-            fresh = {n: self._gamma * self._importance[n] + f for n, f in fresh.items()}
-        self._importance = fresh
-        if not ctx.lora_pairs:
-            self._anchor = {n: wide(p.detach()).clone() for n, p in ctx.params.items()}
-
-    def on_step_start(self, ctx: Context) -> None:
-        """Empties the meters."""
-        self._applied_sq = None
-        self._bound = []
-
-    def add_grads(self, ctx: Context) -> None:
-        """The pull's gradient, capped layer by layer."""
-        strength = ctx.strength(self.kind)
-        if strength == 0 or (self._mode == "implicit" and not ctx.lora_pairs):
-            return
-        self._applied_sq = torch.zeros((), device=ctx.device)
+    def edit_param_groups(self, ctx: Context, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Changes nothing; notes which names a saved state must have."""
+        self._expected = {}
         for pair in ctx.lora_pairs:
-            rows_O = self._importance[f"{pair.name}.rows"]
-            columns_I = self._importance[f"{pair.name}.columns"]
-            grads = factored_gradients(pair, rows_O, columns_I)
-            self._add((pair.lora_A, pair.lora_B), [g.mul_(strength) for g in grads])
+            outputs, inputs = pair.base_weight.shape
+            self._expected[f"rows/{pair.name}"] = torch.Size((outputs,))
+            self._expected[f"columns/{pair.name}"] = torch.Size((inputs,))
         if not ctx.lora_pairs:
             for name, parameter in ctx.params.items():
-                pull = quadratic_gradient(
-                    parameter.detach(), self._anchor[name], self._importance[name]
-                )
-                self._add((parameter,), [pull.mul_(strength)])
+                self._expected[f"importance/{name}"] = parameter.shape
+                self._expected[f"anchor/{name}"] = parameter.shape
+        return groups
+
+    def on_task_start(self, ctx: Context) -> None:
+        """Measures the Fisher and takes the anchor."""
+        rows = _choose_rows(ctx, self.fisher_samples, self.kind)
+
+        def measure() -> dict[str, Tensor]:
+            return measure_fisher(ctx, rows, self.fisher_type, ctx.generator(self.kind))
+
+        if self.importance:
+            measured = measure()  # of weights that other jobs don't share
+        else:
+            measured = ctx.cached(f"ewc/fisher/1/{self.fisher_type}/{len(rows)}", measure)
+        clipped = clip_at_quantile(measured, self.fisher_clip)
+        self.consolidate(ctx, normalize_fisher(clipped, self.fisher_normalize))
+
+    def consolidate(self, ctx: Context, fisher: Mapping[str, Tensor]) -> None:
+        """F~ = gamma * F~ + F, and the weights as they are become the anchor (a copy)."""
+        former = self.importance
+        self.importance = {
+            name: self.gamma * former[name] + value if former else value
+            for name, value in fisher.items()
+        }
+        if not ctx.lora_pairs:
+            self.anchor = {name: p.detach().clone() for name, p in ctx.params.items()}
+
+    def on_step_start(self, ctx: Context) -> None:
+        """Begins the sums of the step."""
+        self._tally.clear()
+
+    def add_grads(self, ctx: Context) -> None:
+        """Adds the penalty's gradient, in gradient mode or with adapters."""
+        strength = ctx.strength(self.kind)
+        if strength <= 0:
+            return
+        for pair in ctx.lora_pairs:
+            rows_O = self.importance[f"rows/{pair.name}"]
+            columns_I = self.importance[f"columns/{pair.name}"]
+            columns_I = columns_I / rows_O.mean().clamp(min=torch.finfo(rows_O.dtype).tiny)
+            lora_A, lora_B = pair.lora_A.detach(), pair.lora_B.detach()
+            penalty = lora_penalty(lora_A, lora_B, pair.scale, rows_O=rows_O, columns_I=columns_I)
+            add_lora_gradient(
+                pair.lora_A, pair.lora_B, penalty, strength, self._tally, rho=self.rho
+            )
+        if self.penalty_mode == "gradient":
+            for name, pull in self._pulls(strength).items():
+                add_pull_gradient(ctx.params[name], pull, rho=self.rho)
 
     def prox_pulls(self, ctx: Context) -> Mapping[str, Pull]:
-        """The pull as an implicit step."""
+        """The pulls of implicit mode."""
         strength = ctx.strength(self.kind)
-        if strength == 0 or self._mode == "gradient" or ctx.lora_pairs:
+        if strength <= 0 or self.penalty_mode != "implicit":
             return {}
-        self._applied_sq = torch.zeros((), device=ctx.device)
-        return {
-            name: Pull(strength, self._importance[name], anchor, self._applied_sq)
-            for name, anchor in self._anchor.items()
-        }
+        return self._pulls(strength)
 
     def metrics(self) -> Mapping[str, float]:
-        """Norm of the displacement (implicit) or of the added gradient; share of layers at the cap."""
-        values = {
-            "applied_norm": 0.0 if self._applied_sq is None else float(self._applied_sq) ** 0.5
-        }
-        if self._bound:
-            values["cap_share"] = float(torch.stack(self._bound).float().mean())
-        return values
+        """`applied_norm` of the displacement (implicit) or added gradient, the penalty's value, and in
+        gradient mode `capped_share`: the share of blocks where the cap bound.
+        """
+        return self._tally.read()
 
     def state_dict(self) -> StateDict:
-        """Importance and anchor."""
-        tensors = {f"importance/{name}": tensor for name, tensor in self._importance.items()}
-        tensors |= {f"anchor/{name}": tensor for name, tensor in self._anchor.items()}
-        return super().state_dict() | {"tensors": tensors}
+        """Fisher and anchor."""
+        anchors = {f"anchor/{name}": anchor for name, anchor in self.anchor.items()}
+        return {**super().state_dict(), "tensors": {**self.importance, **anchors}}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Takes up importance and anchor.
+        """Takes up a saved Fisher and anchor.
 
         Raises:
-            ValueError: As the base class, or an anchor without its importance.
+            ValueError: They do not fit the run.
         """
         super().load_state_dict(state)
-        parts: dict[str, dict[str, Tensor]] = {"importance": {}, "anchor": {}}
-        for name, tensor in state["tensors"].items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = wide(tensor)
-        lonely = parts["anchor"].keys() - parts["importance"].keys()
-        if lonely:
-            raise ValueError(f"state of ewc lacks the importance of {sorted(lonely)[0]}")
-        self._importance, self._anchor = parts["importance"], parts["anchor"]
+        tensors = {name: tensor.detach().clone() for name, tensor in state["tensors"].items()}
+        if self._expected is not None:
+            check_tensors(self.kind, tensors, self._expected)
+        prefix = "anchor/"
+        self.anchor = {
+            n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
+        }
+        self.importance = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
 
-    def _add(self, parameters: Sequence[nn.Parameter], pulls: Sequence[Tensor]) -> None:
-        """Adds the pull of one block, an adapter's two factors together, under one cap."""
-        if self._rho is not None and all(p.grad is not None for p in parameters):
-            task = torch.cat([p.grad.float().view(-1) for p in parameters if p.grad is not None])
-            scale = layerwise_scale(
-                task, torch.cat([pull.reshape(-1) for pull in pulls]), self._rho
-            )
-            self._bound.append(scale < 1)
-            for pull in pulls:
-                pull.mul_(scale)
-        for parameter, pull in zip(parameters, pulls, strict=True):
-            own = pull.to(parameter.dtype)
-            parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
-            if self._applied_sq is not None:
-                self._applied_sq += own.float().square().sum()
+    def _pulls(self, strength: float) -> dict[str, Pull]:
+        return {
+            name: Pull(strength, self.importance[f"importance/{name}"], anchor, self._tally)
+            for name, anchor in self.anchor.items()
+        }
 
-    def _measure(self, ctx: Context) -> dict[str, Tensor]:
-        """The Fisher, clipped and normalised, by parameter name or as factors of the adapted matrices."""
-        weights: dict[str, nn.Parameter] = (
-            {pair.name: pair.base_weight for pair in ctx.lora_pairs}
-            if ctx.lora_pairs
-            else dict(ctx.params)
-        )
-        frozen = [w for w in weights.values() if not w.requires_grad]
-        was_training = ctx.model.training
-        ctx.model.eval()
-        for weight in frozen:
-            weight.requires_grad = True
-        try:
-            fisher = self._squares(ctx, weights)
-        finally:
-            ctx.model.train(was_training)
-            for weight in frozen:
-                weight.requires_grad = False
-        scale = _scale(fisher, self._normalize, self._clip)
-        fisher = {name: (f.clamp(max=scale.ceiling) / scale.unit) for name, f in fisher.items()}
-        if not ctx.lora_pairs:
-            return fisher
-        factors = {}
-        for name, matrix_OI in fisher.items():
-            factors[f"{name}.rows"] = matrix_OI.mean(1)
-            factors[f"{name}.columns"] = matrix_OI.mean(0) / matrix_OI.mean().clamp_min(1e-30)
-        return factors
 
-    def _squares(self, ctx: Context, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Sum of squared gradients over groups of documents, divided by the number of tokens."""
-        generator = ctx.generator(self.kind)
-        order = torch.randperm(ctx.num_general_rows, generator=generator).tolist()
-        rows = order[: self._samples]
-        size = 1 if self._fisher_type == "empirical" else -(-len(rows) // MAX_PASSES)
-        sums = {n: torch.zeros_like(wide(w.detach())) for n, w in weights.items()}
-        num_tokens = torch.zeros((), device=ctx.device, dtype=torch.float64)
-        for start in range(0, len(rows), size):
-            gradients = self._gradient_of_group(
-                ctx, weights, rows[start : start + size], num_tokens
-            )
-            for name, gradient in gradients.items():
-                sums[name].addcmul_(gradient, gradient)
-        ctx.all_reduce(num_tokens)
-        count = float(num_tokens)
-        return {name: total.div_(max(count, 1.0)) for name, total in sums.items()}
+def measure_fisher(
+    ctx: Context, rows: Sequence[int], fisher_type: FisherType, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The diagonal Fisher per token at the weights as they are, neither clipped nor normalised.
 
-    def _gradient_of_group(
-        self,
-        ctx: Context,
-        weights: Mapping[str, nn.Parameter],
-        rows: Sequence[int],
-        num_tokens: Tensor,
-    ) -> dict[str, Tensor]:
-        """Gradient of the group's summed loss over all ranks, so that it doesn't depend on how rows are shared out."""
-        if ctx.forward is None:
-            raise ValueError("ewc needs a run to measure the Fisher in")
-        gradients = {n: torch.zeros_like(wide(w.detach())) for n, w in weights.items()}
+    `true`: labels are sampled from the model at every position, so scores are independent with mean zero,
+    and the square of the gradient of a micro-batch's *summed* loss is an unbiased sum of squares.
+    `empirical`: the gradient of each document's own loss is squared. Weights, gradients, modes and the
+    global RNG are left as they were.
+
+    Args:
+        ctx: Of the run.
+        rows: General rows to read; every rank reads its share.
+        fisher_type: Which.
+        generator: Its seed fixes the sampled labels, row by row, whatever the micro-batches.
+
+    Returns:
+        `importance/<parameter>`, or with adapters the means of each adapted base weight's Fisher over
+        columns, `rows/<layer>`, and over rows, `columns/<layer>`. Float32 or wider.
+
+    Raises:
+        ValueError: No supervised token among the rows, or a Fisher that is zero or not finite.
+    """
+    if ctx.lora_pairs:
+        fisher, num_tokens = _measure_factors(ctx, rows, fisher_type, generator)
+    else:
+        fisher = {f"importance/{n}": _zeros(p.shape, p) for n, p in ctx.params.items()}
+
+        def add_square(name: str, grad: Tensor) -> None:
+            total = fisher[f"importance/{name}"]
+            wide = grad.to(total.dtype)
+            total.addcmul_(wide, wide)
+
+        num_tokens = _sum_scores(ctx, ctx.params, rows, fisher_type, generator, add_square)
+    count = torch.tensor(float(num_tokens), dtype=torch.float64, device=ctx.device)
+    for total in (*fisher.values(), count):
+        ctx.all_reduce(total)
+    if not count > 0:
+        raise ValueError("ewc: the general rows have no supervised token")
+    for total in fisher.values():
+        total.div_(float(count))
+    mean = torch.stack([value.double().mean() for value in fisher.values()]).mean()
+    if not (bool(torch.isfinite(mean)) and mean > 0):
+        raise ValueError("ewc: the Fisher information is zero or not finite")
+    return fisher
+
+
+def normalize_fisher(
+    fisher: Mapping[str, Tensor], mode: Literal["none", "mean", "max"]
+) -> dict[str, Tensor]:
+    """Divides by the mean or the maximum over all weights together, so that strengths transfer."""
+    if mode == "none":
+        return dict(fisher)
+    totals, sizes, peaks = [], 0, []
+    for name, value in fisher.items():
+        kind, _, layer = name.partition("/")
+        if kind == "columns":
+            continue
+        width = 1
+        peak = value.max()
+        if kind == "rows":  # F = u v' / mean(u)
+            columns = fisher[f"columns/{layer}"]
+            width = columns.numel()
+            tiny = torch.finfo(value.dtype).tiny
+            peak = peak * columns.max() / value.mean().clamp(min=tiny)
+        totals.append(value.double().sum() * width)
+        sizes += value.numel() * width
+        peaks.append(peak.double())
+    scale = torch.stack(totals).sum() / sizes if mode == "mean" else torch.stack(peaks).max()
+    return {name: value * (1.0 / float(scale)) for name, value in fisher.items()}
+
+
+def clip_at_quantile(fisher: Mapping[str, Tensor], quantile: float) -> dict[str, Tensor]:
+    """Cuts values off at a quantile of all of them; factors each at their own quantile."""
+    if quantile >= 1.0:
+        return dict(fisher)
+    if all(name.startswith("importance/") for name in fisher):
+        limit = _quantile(list(fisher.values()), quantile)
+        return {name: value.clamp(max=limit) for name, value in fisher.items()}
+    return {n: value.clamp(max=_quantile([value], quantile)) for n, value in fisher.items()}
+
+
+def _quantile(values: Sequence[Tensor], quantile: float) -> float:
+    """The smallest value that so many are not above; infinite where that is 0."""
+    stride = math.ceil(sum(value.numel() for value in values) / SORTED_ELEMENTS)
+    flat = torch.cat([value.reshape(-1)[::stride] for value in values])
+    rank = min(max(math.ceil(quantile * flat.numel()), 1), flat.numel())
+    limit = float(flat.kthvalue(rank).values)
+    return limit if limit > 0 else math.inf
+
+
+def _measure_factors(
+    ctx: Context, rows: Sequence[int], fisher_type: FisherType, generator: torch.Generator
+) -> tuple[dict[str, Tensor], int]:
+    """Row and column means of the Fisher of the base weights, a few layers' gradients at a time."""
+    fisher: dict[str, Tensor] = {}
+    for pair in ctx.lora_pairs:
+        outputs, inputs = pair.base_weight.shape
+        fisher[f"rows/{pair.name}"] = _zeros((outputs,), pair.base_weight)
+        fisher[f"columns/{pair.name}"] = _zeros((inputs,), pair.base_weight)
+
+    def add_means(name: str, grad_OI: Tensor) -> None:
+        rows_O, columns_I = fisher[f"rows/{name}"], fisher[f"columns/{name}"]
+        squares_OI = grad_OI.to(rows_O.dtype).square()
+        rows_O += squares_OI.mean(1)
+        columns_I += squares_OI.mean(0)
+
+    num_tokens = 0
+    for group in _groups({pair.name: pair.base_weight for pair in ctx.lora_pairs}):
+        with _requiring_grad(list(group.values())):
+            num_tokens = _sum_scores(ctx, group, rows, fisher_type, generator, add_means)
+    return fisher, num_tokens
+
+
+def _sum_scores(
+    ctx: Context,
+    weights: Mapping[str, nn.Parameter],
+    rows: Sequence[int],
+    fisher_type: FisherType,
+    generator: torch.Generator,
+    add: Callable[[str, Tensor], None],
+) -> int:
+    """Hands every score's gradient to `add`; returns this rank's supervised tokens."""
+    if ctx.forward is None:
+        raise ValueError("ewc: the context gives no forward")
+    names, tensors = list(weights), list(weights.values())
+    seed = generator.initial_seed()
+    num_tokens = 0
+    with _evaluating(ctx.model), torch.enable_grad():
         for micro in ctx.general_micros(rows):
-            logits_NV = wide(ctx.forward(micro).logits_NV)
-            labels_N = self._labels(ctx, micro, logits_NV)
-            loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
-            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for name, gradient in zip(weights, found, strict=True):
-                if gradient is not None:
-                    gradients[name] += gradient
-            num_tokens += labels_N.numel()
-        for gradient in gradients.values():
-            ctx.all_reduce(gradient)
-        return gradients
-
-    def _labels(self, ctx: Context, micro: Micro, logits_NV: Tensor) -> Tensor:
-        """Data labels, or labels sampled per document by its own generator: independent of the batching."""
-        if self._fisher_type == "empirical":
-            return micro.targets_N
-        counts = torch.bincount(micro.row_of_N.cpu(), minlength=len(micro.sample_ids)).tolist()
-        uniforms = []
-        for sample_id, count in zip(micro.sample_ids, counts, strict=True):
-            seed = ctx.generator(f"{self.kind}/{sample_id}")
-            uniforms.append(torch.rand(count, generator=seed, dtype=torch.float64))
-        cumulative_NV = torch.softmax(logits_NV.detach().double(), -1).cumsum(-1)
-        drawn_N1 = torch.cat(uniforms).to(logits_NV.device)[:, None]
-        labels_N: Tensor = torch.searchsorted(cumulative_NV, drawn_N1)[:, 0]
-        return labels_N.clamp(max=logits_NV.shape[-1] - 1)
+            for part in micro.single_rows() if fisher_type == "empirical" else (micro,):
+                if not part.positions_N.numel():
+                    continue
+                logits_NV = ctx.forward(part).logits_NV
+                targets_N = part.targets_N
+                if fisher_type == "true":
+                    targets_N = sample_labels(logits_NV.detach(), part, generator, seed)
+                wide = torch.promote_types(logits_NV.dtype, torch.float32)
+                loss = F.cross_entropy(logits_NV.to(wide), targets_N, reduction="sum")
+                # Not backward(): gradients of the parameters stay as they are.
+                grads = torch.autograd.grad(loss, tensors, allow_unused=True)
+                for name, grad in zip(names, grads, strict=True):
+                    if grad is not None:
+                        add(name, grad)
+                num_tokens += part.positions_N.numel()
+    return num_tokens
 
 
-class _Scale:
-    """Where entries are cut, and what is 1 afterwards."""
+def sample_labels(logits_NV: Tensor, micro: Micro, generator: torch.Generator, seed: int) -> Tensor:
+    """A label for each position, drawn from the model by inverting its distribution function.
 
-    def __init__(self, ceiling: float, unit: float) -> None:
-        self.ceiling = ceiling
-        self.unit = unit
+    The draws of a row follow from (seed, sample id) alone, so they do not depend on how rows are grouped.
+    """
+    counts = torch.bincount(micro.row_of_N, minlength=len(micro.sample_ids)).tolist()
+    draws = []
+    for sample_id, count in zip(micro.sample_ids, counts, strict=True):
+        generator.manual_seed((seed + 1_000_003 * (sample_id + 1)) % (2**63 - 25))
+        draws.append(torch.rand(count, generator=generator, dtype=torch.float64))
+    uniform_N = torch.cat(draws).to(logits_NV.device)
+    chunk = max(CHUNK_LOGITS // logits_NV.shape[-1], 1)
+    labels = []
+    for logits, uniform in zip(logits_NV.split(chunk), uniform_N.split(chunk), strict=True):
+        cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+        target = uniform[:, None] * cumulative[:, -1:]
+        label = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        labels.append(label.clamp(max=logits.shape[-1] - 1))
+    return torch.cat(labels)
 
 
-def _scale(fisher: Mapping[str, Tensor], normalize: str, clip: float) -> _Scale:
-    values = torch.cat([f.reshape(-1) for f in fisher.values()])
-    ceiling = float(values.max())
-    if clip < 1:
-        # A quantile of an evenly spaced sample: exact ones are limited to 16 million entries.
-        sample = values[:: max(1, values.numel() // QUANTILE_SAMPLE)]
-        ceiling = float(torch.quantile(sample, clip))
-    cut = values.clamp(max=ceiling) if ceiling > 0 else values
-    match normalize:
-        case "mean":
-            unit = float(cut.mean())
-        case "max":
-            unit = float(cut.max())
-        case _:
-            unit = 1.0
-    return _Scale(ceiling if ceiling > 0 else float("inf"), unit if unit > 0 else 1.0)
+def _choose_rows(ctx: Context, wanted: int, kind: str) -> tuple[int, ...]:
+    available = ctx.num_general_rows
+    if available == 0:
+        raise ValueError("ewc: there are no general rows to measure the Fisher on")
+    order = torch.randperm(available, generator=ctx.generator(kind))
+    return tuple(sorted(order[: min(wanted, available)].tolist()))
+
+
+def _groups(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
+    group: dict[str, nn.Parameter] = {}
+    size = 0
+    for name, weight in weights.items():
+        if group and size + weight.numel() > GROUP_ELEMENTS:
+            yield group
+            group, size = {}, 0
+        group[name] = weight
+        size += weight.numel()
+    if group:
+        yield group
+
+
+@contextlib.contextmanager
+def _requiring_grad(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad = True
+        yield
+    finally:
+        for weight, flag in zip(weights, before, strict=True):
+            weight.requires_grad = flag
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(tuple(shape), dtype=wide, device=like.device)

@@ -1,87 +1,106 @@
-"""L2-SP (Li 2018): a quadratic anchor at the starting weights, all parameters alike."""
+"""L2-SP: a quadratic anchor at the starting weights, all parameters alike."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from workers.strategies.base import (
+    Context,
+    Cost,
+    Needs,
+    Pull,
+    StateDict,
+    Strategy,
+    Tally,
+    check_tensors,
+)
+from workers.strategies.penalties import add_lora_gradient, add_pull_gradient, lora_penalty
 
-from workers.strategies.base import Context, Cost, Pull, StateDict, Strategy
-from workers.strategies.penalties import factored_gradients, quadratic_gradient, wide
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class L2Sp(Strategy):
-    """strength / 2 * |theta - theta0|^2; with adapters strength / 2 * |dW|_F^2 of the effective change.
+    """Pulls every parameter toward where it started: strength / 2 * |theta - theta_0|^2.
+
+    With adapters the pull is on the effective change, strength / 2 * |scale * B A|_F^2, through its
+    gradient: the anchor is the frozen base weight.
 
     Args:
-        penalty_mode: `gradient` adds the pull to the gradient (inside clipping and Adam); `implicit` is a
-            decoupled step after the optimiser. Adapters always use the gradient.
+        penalty_mode: `gradient` adds the penalty's gradient before clipping; `implicit` takes a decoupled,
+            always stable step after the optimiser's.
     """
 
-    kind = "l2sp"
+    kind: ClassVar[str] = "l2sp"
 
     def __init__(self, *, penalty_mode: Literal["implicit", "gradient"] = "gradient") -> None:
-        self._mode = penalty_mode
-        self._anchor: dict[str, Tensor] = {}
-        self._applied_sq: Tensor | None = None
+        self.penalty_mode = penalty_mode
+        self.anchor: dict[str, Tensor] = {}
+        self._tally = Tally()
+        self._expected: dict[str, torch.Size] | None = None
+
+    def needs(self) -> Needs:
+        """With adapters: that the frozen base is what they are added to."""
+        return Needs(base_unmodified=True)
 
     def cost(self) -> Cost:
-        """A copy of what is trained."""
-        return Cost(step_share=0.01, trainable_copies=1.0)
+        """A pass over the parameters in each step, and the anchor."""
+        return Cost(step_share=0.02, trainable_copies=1.0)
+
+    def edit_param_groups(self, ctx: Context, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Changes nothing; notes which names a saved state must have."""
+        shapes = {} if ctx.lora_pairs else {name: p.shape for name, p in ctx.params.items()}
+        self._expected = {f"anchor/{name}": shape for name, shape in shapes.items()}
+        return groups
 
     def on_task_start(self, ctx: Context) -> None:
-        """Keeps the starting weights; adapters start at no change and need no copy."""
+        """Copies the starting weights; adapters need no copy, theirs is no change at all."""
         if not ctx.lora_pairs:
-            self._anchor = {n: wide(p.detach()).clone() for n, p in ctx.params.items()}
+            self.anchor = {name: p.detach().clone() for name, p in ctx.params.items()}
 
     def on_step_start(self, ctx: Context) -> None:
-        """Empties the meter."""
-        self._applied_sq = None
+        """Begins the sums of the step."""
+        self._tally.clear()
 
     def add_grads(self, ctx: Context) -> None:
-        """strength * (theta - theta0), or its form on the effective change."""
+        """Adds the penalty's gradient, in gradient mode or with adapters."""
         strength = ctx.strength(self.kind)
-        if strength == 0 or (self._mode == "implicit" and not ctx.lora_pairs):
+        if strength <= 0:
             return
-        self._applied_sq = torch.zeros((), device=ctx.device)
-        if ctx.lora_pairs:
-            for pair in ctx.lora_pairs:
-                for factor, gradient in zip(
-                    (pair.lora_A, pair.lora_B), factored_gradients(pair, None, None), strict=True
-                ):
-                    self._add(factor, gradient.mul_(strength))
-            return
-        for name, parameter in ctx.params.items():
-            pull = quadratic_gradient(parameter.detach(), self._anchor[name], None)
-            self._add(parameter, pull.mul_(strength))
+        for pair in ctx.lora_pairs:
+            penalty = lora_penalty(pair.lora_A.detach(), pair.lora_B.detach(), pair.scale)
+            add_lora_gradient(pair.lora_A, pair.lora_B, penalty, strength, self._tally, rho=None)
+        if self.penalty_mode == "gradient":
+            for name, anchor in self.anchor.items():
+                pull = Pull(strength, None, anchor, self._tally)
+                add_pull_gradient(ctx.params[name], pull, rho=None)
 
     def prox_pulls(self, ctx: Context) -> Mapping[str, Pull]:
-        """The same pull as an implicit step."""
+        """The pulls of implicit mode."""
         strength = ctx.strength(self.kind)
-        if strength == 0 or self._mode == "gradient" or ctx.lora_pairs:
+        if strength <= 0 or self.penalty_mode != "implicit":
             return {}
-        self._applied_sq = torch.zeros((), device=ctx.device)
-        return {
-            name: Pull(strength, None, anchor, self._applied_sq)
-            for name, anchor in self._anchor.items()
-        }
+        return {name: Pull(strength, None, a, self._tally) for name, a in self.anchor.items()}
 
     def metrics(self) -> Mapping[str, float]:
-        """Norm of what was added to the gradient, or of the displacement by the implicit step."""
-        applied = 0.0 if self._applied_sq is None else float(self._applied_sq) ** 0.5
-        return {"applied_norm": applied}
+        """`applied_norm` of the displacement (implicit) or added gradient, and the penalty's value."""
+        return self._tally.read()
 
     def state_dict(self) -> StateDict:
         """The anchor."""
-        return super().state_dict() | {"tensors": dict(self._anchor)}
+        tensors = {f"anchor/{name}": anchor for name, anchor in self.anchor.items()}
+        return {**super().state_dict(), "tensors": tensors}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Takes up the anchor."""
-        super().load_state_dict(state)
-        self._anchor = {name: wide(tensor) for name, tensor in state["tensors"].items()}
+        """Takes up a saved anchor.
 
-    def _add(self, parameter: torch.nn.Parameter, gradient: Tensor) -> None:
-        gradient = gradient.to(parameter.dtype)
-        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        if self._applied_sq is not None:
-            self._applied_sq += gradient.float().square().sum()
+        Raises:
+            ValueError: It does not fit the run.
+        """
+        super().load_state_dict(state)
+        if self._expected is not None:
+            check_tensors(self.kind, state["tensors"], self._expected)
+        self.anchor = {
+            name.removeprefix("anchor/"): tensor.detach().clone()
+            for name, tensor in state["tensors"].items()
+        }
