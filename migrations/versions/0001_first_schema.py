@@ -881,9 +881,44 @@ def upgrade() -> None:
         EXECUTE FUNCTION refuse_leaving_terminal_state()
         """
     )
+    # Wakes the outbox relay, and whoever follows a job's log; a lost notification costs one poll.
+    op.execute(
+        """
+        CREATE FUNCTION tell_of_outbox() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_notify('retain_outbox', '');
+            RETURN NULL;
+        END $$
+        """
+    )
+    op.execute(
+        """
+        CREATE TRIGGER tell_of_outbox AFTER INSERT ON outbox
+        FOR EACH STATEMENT EXECUTE FUNCTION tell_of_outbox()
+        """
+    )
+    op.execute(
+        """
+        CREATE FUNCTION tell_of_job_event() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM pg_notify('retain_job_events', NEW.job_id::text);
+            RETURN NULL;
+        END $$
+        """
+    )
+    op.execute(
+        """
+        CREATE TRIGGER tell_of_job_event AFTER INSERT ON job_events
+        FOR EACH ROW EXECUTE FUNCTION tell_of_job_event()
+        """
+    )
 
 
 def downgrade() -> None:
+    op.execute("DROP TRIGGER tell_of_job_event ON job_events")
+    op.execute("DROP FUNCTION tell_of_job_event")
+    op.execute("DROP TRIGGER tell_of_outbox ON outbox")
+    op.execute("DROP FUNCTION tell_of_outbox")
     op.execute("DROP TRIGGER terminal_states_stay ON jobs")
     op.execute("DROP FUNCTION refuse_leaving_terminal_state")
     op.drop_constraint("fk_jobs_model_version_id_model_versions", "jobs")

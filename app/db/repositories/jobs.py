@@ -1,155 +1,206 @@
-"""Queries on jobs as clients see them: their rows, events, checkpoints and decisions."""
+"""Named queries over jobs: the queue, the leases, and what belongs to one job."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import ColumnElement, DateTime, func, select, update
 from sqlalchemy.orm import Session
 
-from app.db.models import (
-    BaseModel,
-    Checkpoint,
-    DecisionRow,
-    Job,
-    JobEvent,
-    ModelVersion,
-    OutboxMessage,
-    Project,
-)
-from app.domain.states import JobKind, JobState
-from app.errors import NotFound
+from app.db.models import Job, JobOrder, OutboxMessage
+from app.domain.states import LEASED, JobState, StopRequest
+
+SWEEP_LIMIT = 100  # rows that one sweep of the reconciler takes
+
+
+class BeatRow(NamedTuple):
+    """What a heartbeat reads of its job."""
+
+    state: JobState
+    stop_requested: StopRequest | None
+    order_version: int
+    branch: int
+
+
+class LeaseCounts(NamedTuple):
+    """Leased jobs, and those of them whose lease has run out."""
+
+    leased: int
+    expired: int
 
 
 class JobRepository:
-    """Jobs of a project."""
+    """Jobs as the engine sees them."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def add(self, job: Job) -> None:
-        """Keeps a new job."""
-        self._session.add(job)
-        self._session.flush()
-        self._session.refresh(job)
+    def claim(
+        self, *, worker_id: str, free_slots: int, queues: Sequence[str], ttl: float
+    ) -> Job | None:
+        """Leases the best queued job that fits; each is given to one claimer, none waits for another."""
+        best = (
+            select(Job.id)
+            .where(
+                Job.state == JobState.QUEUED,
+                Job.not_before <= func.clock_timestamp(),
+                Job.queue.in_(queues),
+                func.greatest(Job.num_gpus, 1) <= free_slots,
+            )
+            .order_by(Job.priority.desc(), Job.seq)
+            .limit(1)
+            .with_for_update(skip_locked=True, key_share=True)
+            # Kept apart from the UPDATE, so that limit and lock are evaluated once.
+            .cte("best")
+            .prefix_with("MATERIALIZED", dialect="postgresql")
+        )
+        return self._session.scalar(
+            update(Job)
+            .where(Job.id == best.c.id)
+            .values(
+                state=JobState.RUNNING,
+                attempt=Job.attempt + 1,
+                worker_id=worker_id,
+                lease_expires_at=from_now(ttl),
+                started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
+            )
+            .returning(Job)
+            .execution_options(populate_existing=True, synchronize_session=False)
+        )
 
-    def get(
-        self,
-        project_id: UUID,
-        job_id: UUID,
-        *,
-        kind: JobKind = JobKind.FINE_TUNING,
-        for_update: bool = False,
-    ) -> Job:
-        """The job with this id; `for_update` locks its row and reads it afresh.
+    def find_leased_by(self, worker_id: str, known: Sequence[UUID]) -> Job | None:
+        """A job that a worker holds without knowing it, locked: its claim was committed, the reply lost."""
+        return self._session.scalar(
+            select(Job)
+            .where(Job.worker_id == worker_id, Job.state == JobState.RUNNING, Job.id.not_in(known))
+            .order_by(Job.seq)
+            .limit(1)
+            .with_for_update(key_share=True)
+            .execution_options(populate_existing=True)
+        )
 
-        Raises:
-            NotFound: The project has no such job of this kind.
+    def beat(
+        self, job_id: UUID, attempt: int, worker_id: str, *, ttl: float, values: dict[str, Any]
+    ) -> BeatRow | None:
+        """Renews a lease and sets columns; None when it is no longer held."""
+        row = self._session.execute(
+            update(Job)
+            .where(
+                Job.id == job_id,
+                Job.attempt == attempt,
+                Job.worker_id == worker_id,
+                Job.state.in_(LEASED),
+            )
+            .values(lease_expires_at=from_now(ttl), **values)
+            .returning(Job.state, Job.stop_requested, Job.order_version, Job.branch)
+            .execution_options(synchronize_session=False)
+        ).one_or_none()
+        return None if row is None else BeatRow(*row)
+
+    def lock(self, job_id: UUID) -> Job | None:
+        """The job, its row locked against every other writer and read afresh."""
+        return self._session.scalar(
+            select(Job)
+            .where(Job.id == job_id)
+            .with_for_update(key_share=True)
+            .execution_options(populate_existing=True)
+        )
+
+    def lock_leased(self, job_id: UUID, attempt: int) -> Job | None:
+        """The fence: the job, locked, if the attempt still holds it.
+
+        Locking first is what makes it one; a condition inside an INSERT ... SELECT lets stale writers through.
         """
-        query = select(Job).where(Job.id == job_id, Job.project_id == project_id, Job.kind == kind)
-        if for_update:
-            query = query.with_for_update().execution_options(populate_existing=True)
-        job = self._session.scalar(query)
-        if job is None:
-            raise NotFound("No fine-tuning job has this id.", "fine_tuning_job_id")
-        return job
+        return self._session.scalar(
+            select(Job)
+            .where(Job.id == job_id, Job.attempt == attempt, Job.state.in_(LEASED))
+            .with_for_update(key_share=True)
+            .execution_options(populate_existing=True)
+        )
 
-    def list_page(
-        self,
-        project_id: UUID,
-        *,
-        after: Job | None,
-        limit: int,
-        metadata: Mapping[str, str] | None = None,
-        without_metadata: bool = False,
-    ) -> list[Job]:
-        """Fine-tuning jobs, newest first; `metadata` keeps those that hold all its pairs."""
-        query = select(Job).where(Job.project_id == project_id, Job.kind == JobKind.FINE_TUNING)
-        if metadata:
-            query = query.where(Job.metadata_.contains(dict(metadata)))
-        if without_metadata:
-            query = query.where(func.coalesce(Job.metadata_, func.jsonb("{}")) == {})
-        if after is not None:
-            query = query.where(Job.seq < after.seq)
-        return list(self._session.scalars(query.order_by(Job.seq.desc()).limit(limit)))
+    def count_leases(self, ttl: float) -> LeaseCounts:
+        """Leases, and the expired ones among them; none counts as expired for one TTL after a server start."""
+        expired = func.count().filter(_expired(ttl, 0))
+        row = self._session.execute(
+            select(func.count(), expired).select_from(Job).where(Job.state.in_(LEASED))
+        ).one()
+        return LeaseCounts(*row)
 
-    def count_waiting(self, project_id: UUID) -> int:
-        """Jobs of a project that wait for a worker or for their files."""
-        waiting = (JobState.QUEUED, JobState.VALIDATING_FILES)
-        query = select(func.count()).where(Job.project_id == project_id, Job.state.in_(waiting))
-        return self._session.scalar(query) or 0
+    def lock_expired(self, *, ttl: float, overdue: float) -> Sequence[Job]:
+        """Jobs whose lease ran out more than `overdue` seconds ago, locked; rows that others hold are passed over."""
+        return self._session.scalars(
+            select(Job)
+            .where(Job.state.in_(LEASED), _expired(ttl, overdue))
+            .order_by(Job.lease_expires_at)
+            .limit(SWEEP_LIMIT)
+            .with_for_update(skip_locked=True, key_share=True)
+            .execution_options(populate_existing=True)
+        ).all()
 
-    def ring_later(self, job: Job) -> None:
-        """Writes the doorbell that the outbox relay rings once this transaction has committed."""
-        self._session.add(OutboxMessage(job_id=job.id))
-        self._session.flush()
+    def ring_unanswered(self, *, limit: int, seconds: float) -> Sequence[UUID]:
+        """Queued jobs whose bell nobody answered for so long; the time of ringing is set."""
+        waiting = (
+            select(Job.id)
+            .where(
+                Job.state == JobState.QUEUED,
+                Job.not_before <= func.clock_timestamp(),
+                func.coalesce(Job.last_rung_at, Job.created_at)
+                < func.clock_timestamp() - timedelta(seconds=seconds),
+            )
+            .order_by(Job.priority.desc(), Job.seq)
+            .limit(limit)
+            .with_for_update(skip_locked=True, key_share=True)
+            .cte("waiting")
+            .prefix_with("MATERIALIZED", dialect="postgresql")
+        )
+        return self._session.scalars(
+            update(Job)
+            .where(Job.id == waiting.c.id)
+            .values(last_rung_at=func.clock_timestamp())
+            .returning(Job.id)
+            .execution_options(synchronize_session=False)
+        ).all()
 
-    def get_project(self, project_id: UUID) -> Project:
-        """A project by its id, which a key vouches for."""
-        return self._session.get_one(Project, project_id)
+    def lock_validating(self) -> Sequence[Job]:
+        """Jobs that wait for their files, locked."""
+        return self._session.scalars(
+            select(Job)
+            .where(Job.state == JobState.VALIDATING_FILES)
+            .order_by(Job.seq)
+            .limit(SWEEP_LIMIT)
+            .with_for_update(skip_locked=True, key_share=True)
+            .execution_options(populate_existing=True)
+        ).all()
 
-    def base_models(self, jobs: Sequence[Job]) -> dict[UUID, BaseModel]:
-        """The base models of jobs, by id."""
-        ids = {job.base_model_id for job in jobs}
-        found = self._session.scalars(select(BaseModel).where(BaseModel.id.in_(ids)))
-        return {base.id: base for base in found}
+    def add_bell(self, job_id: UUID, *, seconds: float = 0) -> None:
+        """A doorbell for the relay to ring, after so many seconds."""
+        self._session.add(OutboxMessage(job_id=job_id, available_at=from_now(seconds)))
 
-    def model_versions(self, jobs: Sequence[Job]) -> dict[UUID, ModelVersion]:
-        """The published versions of jobs, by id."""
-        ids = {job.model_version_id for job in jobs if job.model_version_id is not None}
-        found = self._session.scalars(select(ModelVersion).where(ModelVersion.id.in_(ids)))
-        return {version.id: version for version in found}
+    def list_orders(self, job_id: UUID, branch: int, *, after: int) -> Sequence[JobOrder]:
+        """Outside orders of a branch with a version above `after`, oldest first."""
+        return self._session.scalars(
+            select(JobOrder)
+            .where(JobOrder.job_id == job_id, JobOrder.branch == branch, JobOrder.version > after)
+            .order_by(JobOrder.version)
+        ).all()
+
+    def find_order(self, job_id: UUID, version: int) -> JobOrder | None:
+        """One outside order."""
+        return self._session.scalar(
+            select(JobOrder).where(JobOrder.job_id == job_id, JobOrder.version == version)
+        )
 
 
-class JobHistoryRepository:
-    """What happened to one job, page by page, newest first."""
+def from_now(seconds: float) -> ColumnElement[Any]:
+    """So many seconds from now, on the database's clock as it runs (not the transaction's start)."""
+    return func.clock_timestamp(type_=DateTime(timezone=True)) + timedelta(seconds=seconds)
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
-    def list_events(self, job: Job, *, after: UUID | None, limit: int) -> list[JobEvent]:
-        """Events before the one with the id `after`.
-
-        Raises:
-            NotFound: The job has no event `after`.
-        """
-        query = select(JobEvent).where(JobEvent.job_id == job.id)
-        if after is not None:
-            query = query.where(JobEvent.sequence < self._place(JobEvent, job, after, "event"))
-        return list(self._session.scalars(query.order_by(JobEvent.sequence.desc()).limit(limit)))
-
-    def list_checkpoints(self, job: Job, *, after: UUID | None, limit: int) -> list[Checkpoint]:
-        """Checkpoints before the one with the id `after`, without those found damaged.
-
-        Raises:
-            NotFound: The job has no checkpoint `after`.
-        """
-        query = select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.corrupt.is_(False))
-        if after is not None:
-            query = query.where(Checkpoint.seq < self._place(Checkpoint, job, after, "checkpoint"))
-        return list(self._session.scalars(query.order_by(Checkpoint.seq.desc()).limit(limit)))
-
-    def list_decisions(self, job: Job, *, after: UUID | None, limit: int) -> list[DecisionRow]:
-        """Decisions before the one with the id `after`.
-
-        Raises:
-            NotFound: The job has no decision `after`.
-        """
-        query = select(DecisionRow).where(DecisionRow.job_id == job.id)
-        if after is not None:
-            query = query.where(DecisionRow.seq < self._place(DecisionRow, job, after, "decision"))
-        return list(self._session.scalars(query.order_by(DecisionRow.seq.desc()).limit(limit)))
-
-    def _place(
-        self,
-        table: type[JobEvent] | type[Checkpoint] | type[DecisionRow],
-        job: Job,
-        row_id: UUID,
-        noun: str,
-    ) -> int:
-        column: Any = JobEvent.sequence if table is JobEvent else table.seq
-        query: Select[Any] = select(column).where(table.id == row_id, table.job_id == job.id)
-        place = self._session.scalar(query)
-        if place is None:
-            raise NotFound(f"after: the job has no {noun} with this id.", "after")
-        return int(place)
+def _expired(ttl: float, overdue: float) -> ColumnElement[bool]:
+    """Whether a lease has run out, with one TTL for everybody to renew after the database was started."""
+    server_start = func.pg_postmaster_start_time(type_=DateTime(timezone=True))
+    now = func.clock_timestamp(type_=DateTime(timezone=True))
+    return (Job.lease_expires_at < now - timedelta(seconds=overdue)) & (
+        now > server_start + timedelta(seconds=ttl)
+    )

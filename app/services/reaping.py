@@ -1,0 +1,135 @@
+"""What the reconciler mends: leases that ran out, bells nobody answered, jobs whose files are checked, leftovers."""
+
+from typing import NamedTuple
+from uuid import UUID
+
+from sqlalchemy import func
+from sqlalchemy.orm import Session
+
+from app.db.models import File, Job
+from app.db.repositories.delivery import (
+    OutboxRepository,
+    WorkerRepository,
+    delete_old_answers,
+)
+from app.db.repositories.jobs import JobRepository
+from app.domain.identifiers import public_id
+from app.domain.states import JobState
+from app.services.engine import CrashRules, after_crash
+from app.services.events import add_transition
+
+RING_AGAIN_SECONDS = 30.0
+WORKER_SILENT_SECONDS = 60.0
+OUTBOX_KEPT_SECONDS = 24 * 3600.0
+#: So many leases may expire in one sweep, or this share of all, before it looks like a fault of the network.
+FEW_LEASES = 3
+SHARE_OF_LEASES = 0.3
+
+
+class Reaped(NamedTuple):
+    """A job whose lease had run out, and what became of it."""
+
+    job_id: UUID
+    attempt: int
+    state: JobState
+
+
+class Sweep(NamedTuple):
+    """One sweep over the leases."""
+
+    reaped: tuple[Reaped, ...]
+    held_back: int  # expired leases left alone for one more TTL: too many at once
+
+
+class Cleared(NamedTuple):
+    """Rows that were removed."""
+
+    outbox: int
+    answers: int
+    workers: int
+
+
+def reap(session: Session, *, rules: CrashRules) -> Sweep:
+    """Takes jobs away from workers that stopped renewing their lease.
+
+    Nothing is taken for one TTL after the database was started, since no worker could renew meanwhile. When
+    many leases have expired at once, the workers are more likely cut off than dead: those leases get another TTL.
+    """
+    repository = JobRepository(session)
+    counts = repository.count_leases(rules.ttl)
+    is_mass = counts.expired > max(FEW_LEASES, SHARE_OF_LEASES * counts.leased)
+    jobs = repository.lock_expired(ttl=rules.ttl, overdue=rules.ttl if is_mass else 0)
+    reaped = [
+        Reaped(
+            job.id,
+            job.attempt,
+            after_crash(session, job, reason="The worker's heartbeat stopped.", rules=rules),
+        )
+        for job in jobs
+    ]
+    return Sweep(tuple(reaped), max(counts.expired - len(reaped), 0) if is_mass else 0)
+
+
+def ring_again(session: Session) -> int:
+    """Queues doorbells anew for jobs that nobody came for, at most one for each idle slot; how many."""
+    idle = WorkerRepository(session).count_idle_slots(seconds=WORKER_SILENT_SECONDS)
+    if idle == 0:
+        return 0
+    repository = JobRepository(session)
+    job_ids = repository.ring_unanswered(limit=idle, seconds=RING_AGAIN_SECONDS)
+    for job_id in job_ids:
+        repository.add_bell(job_id)
+    session.flush()
+    return len(job_ids)
+
+
+def sweep_validating(session: Session) -> list[Job]:
+    """Moves jobs on whose files have been checked: to the queue, or to `failed`."""
+    moved = []
+    repository = JobRepository(session)
+    for job in repository.lock_validating():
+        files = [
+            (param, session.get_one(File, file_id))
+            for param, file_id in (
+                ("training_file", job.training_file_id),
+                ("validation_file", job.validation_file_id),
+                ("retention.general_data", job.general_file_id),
+            )
+            if file_id is not None
+        ]
+        bad = next(((p, f) for p, f in files if f.status == "error" or f.deleted_at), None)
+        if bad is not None:
+            _refuse(session, job, *bad)
+            moved.append(job)
+        elif all(file.status == "processed" for _, file in files):
+            job.move_to(JobState.QUEUED)
+            job.not_before = func.clock_timestamp()
+            repository.add_bell(job.id)
+            session.flush()
+            add_transition(session, job, job.state, "Files validated, moving job to queued state.")
+            moved.append(job)
+    return moved
+
+
+def clear_rows(session: Session) -> Cleared:
+    """Removes rows that have served their time."""
+    return Cleared(
+        outbox=OutboxRepository(session).delete_done(seconds=OUTBOX_KEPT_SECONDS),
+        answers=delete_old_answers(session),
+        workers=WorkerRepository(session).delete_silent(seconds=10 * WORKER_SILENT_SECONDS),
+    )
+
+
+def _refuse(session: Session, job: Job, param: str, file: File) -> None:
+    job.move_to(JobState.FAILED)
+    job.finished_at = func.clock_timestamp()
+    why = file.status_details or "it was deleted"
+    job.error = {
+        "code": "invalid_file",
+        "message": f"{param}: the file {public_id('file', file.id)} can't be used: {why}",
+        "param": param,
+    }
+    session.flush()
+    add_transition(
+        session, job, job.state, job.error["message"], level="error", data={"error": job.error}
+    )
