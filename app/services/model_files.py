@@ -5,17 +5,23 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-import httpx
+import httpx2
 import huggingface_hub
 from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -31,6 +37,15 @@ MAX_HEADER_BYTES: Final = 100 * 2**20
 MAX_JSON_BYTES: Final = 200 * 2**20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+_DOWNLOADS = 4  # at a time
+_HUB_FAILURES = (
+    HfHubHTTPError,
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    FileMetadataError,
+    OfflineModeIsEnabled,
+    httpx2.HTTPError,
+)
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -81,8 +96,10 @@ def open_source(
         raise BadRequest(f"{source} is neither a directory nor the id of a hub model.", "source")
     else:
         scratch.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix="hub-", dir=scratch) as target, _hub_errors(source):
-            yield _download(source, revision, token, Path(target))
+        with TemporaryDirectory(prefix="hub-", dir=scratch) as target:
+            with _hub_errors(source):
+                found = _download(source, revision, token, Path(target))
+            yield found
 
 
 def read_facts(source: ModelSource) -> ModelFacts:
@@ -182,9 +199,12 @@ def _download(source: str, revision: str | None, token: str | None, target: Path
         raise Unavailable(f"The hub did not say which commit {source} is at.")
     top = [item.rfilename for item in info.siblings or () if "/" not in item.rfilename]
     names = _checked_names(top, source, is_hub=True)
-    huggingface_hub.snapshot_download(
-        source, revision=commit, token=token, local_dir=target, allow_patterns=list(names)
+    # File by file: `snapshot_download` falls back on whatever an earlier try left behind.
+    fetch = partial(
+        huggingface_hub.hf_hub_download, source, revision=commit, token=token, local_dir=target
     )
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        list(pool.map(fetch, names))
     return ModelSource(target, names, source, commit)
 
 
@@ -204,9 +224,10 @@ def _hub_errors(source: str) -> Iterator[None]:
             " (RETAIN_HF_TOKEN) may read.",
             "source",
         ) from None
-    except (HfHubHTTPError, huggingface_hub.errors.OfflineModeIsEnabled, httpx.HTTPError) as error:
+    except _HUB_FAILURES as error:
+        reason = str(error).strip().partition("\n")[0]
         raise Unavailable(
-            f"The hub ({huggingface_hub.constants.ENDPOINT}) does not answer for {source}: {error}"
+            f"The hub ({huggingface_hub.constants.ENDPOINT}) does not deliver {source}: {reason}"
         ) from error
 
 

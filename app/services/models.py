@@ -15,8 +15,11 @@ from app.db.models import BaseModel, BenchmarkVersion, File
 from app.db.repositories.catalog import CatalogRepository
 from app.db.session import SessionFactory, transaction
 from app.domain.benchmarks import BenchmarkKind, Scorer
-from app.domain.rows import check_items, check_rows
+from app.domain.identifiers import public_id
+from app.domain.requests import CreateBenchmark
 from app.errors import BadRequest, Conflict
+from app.services.benchmarks import create_benchmark
+from app.services.files import EVALS, FINE_TUNE, NewFile, check_contents, register_file
 from app.services.model_files import copy_files, open_source, read_facts
 from app.services.storage import Storage
 from app.settings import Settings
@@ -73,7 +76,10 @@ def add_model(
         for benchmark in benchmarks or {}:
             CatalogRepository(session).get_benchmark(benchmark)
     storage = Storage(settings.storage_root)
-    general = None if general_data is None else _store_rows(storage, general_data)
+    if general_data is not None:
+        _require_file(general_data)
+        check_contents(general_data, FINE_TUNE)
+    general: File | None = None
     path = f"models/base/{uuid4().hex}"
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     try:
@@ -97,11 +103,12 @@ def add_model(
             details=facts,
         )
         with transaction(factory) as session:
+            if general_data is not None:  # first: no statement has begun the transaction yet
+                new = NewFile(general_data, general_data.name, FINE_TUNE)
+                general = register_file(session, storage, None, new)
+                model.general_file_id = general.id
             catalog = CatalogRepository(session)
             _check_name(catalog, name)
-            if general is not None:
-                catalog.add_file(general)
-                model.general_file_id = general.id
             suite = [
                 (catalog.get_benchmark(benchmark), weight)
                 for benchmark, weight in (benchmarks or {}).items()
@@ -166,39 +173,25 @@ def add_operator_benchmark(
         BadRequest: The file is missing, or a line of it cannot be read.
     """
     _require_file(file)
-    with file.open("rb") as lines:
-        report = check_items(lines, scorer)
     storage = Storage(settings.storage_root)
-    stored = storage.put_file(file, f"files/{uuid4().hex}")
-    row = File(
-        filename=file.name,
-        purpose="evals",
-        size_bytes=stored.size_bytes,
-        sha256=stored.sha256,
-        path=stored.path,
-        status="processed",
-        report=report.model_dump(mode="json"),
-    )
+    row: File | None = None
     try:
         with transaction(factory) as session:
-            catalog = CatalogRepository(session)
-            known = catalog.find_version(name, stored.sha256, kind=kind, scorer=scorer)
-            if known is not None:
-                storage.delete(stored.path)
-                return known
-            catalog.add_file(row)
-            version = BenchmarkVersion(
-                kind=kind,
-                scorer=scorer,
-                file_id=row.id,
-                items_sha256=stored.sha256,
-                num_items=report.num_items,
-                chance=report.chance_level,
+            row = register_file(session, storage, None, NewFile(file, file.name, EVALS))
+            known = CatalogRepository(session).find_version(
+                name, row.sha256, kind=kind, scorer=scorer
             )
-            catalog.add_version(name, version)
-            return version
+            if known is not None:
+                session.delete(row)
+                storage.delete(row.path)
+                return known
+            body = CreateBenchmark(
+                name=name, file=public_id("file", row.id), kind=kind, scorer=scorer
+            )
+            return create_benchmark(session, None, body).version
     except BaseException:
-        storage.delete(stored.path)
+        if row is not None:
+            storage.delete(row.path)
         raise
 
 
@@ -218,22 +211,6 @@ def _check_name(catalog: CatalogRepository, name: str) -> None:
         )
     if catalog.find_model(name) is not None:
         raise Conflict(f"A base model is already called '{name}'.", "name")
-
-
-def _store_rows(storage: Storage, path: Path) -> File:
-    _require_file(path)
-    with path.open("rb") as lines:
-        report = check_rows(lines, param="general_data")
-    stored = storage.put_file(path, f"files/{uuid4().hex}")
-    return File(
-        filename=path.name,
-        purpose="fine-tune",
-        size_bytes=stored.size_bytes,
-        sha256=stored.sha256,
-        path=stored.path,
-        status="processed",
-        report=report.model_dump(mode="json"),
-    )
 
 
 def _read_manifest(directory: Path) -> DemoManifest:

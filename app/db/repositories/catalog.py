@@ -1,9 +1,9 @@
 """Queries on base models, benchmarks and suites, as the operator sees them."""
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Benchmark, BenchmarkVersion, File, SuiteEntry
+from app.db.models import BaseModel, Benchmark, BenchmarkVersion, SuiteEntry
 from app.domain.benchmarks import BenchmarkKind, Scorer
 from app.errors import BadRequest
 
@@ -71,29 +71,3 @@ class CatalogRepository:
             .order_by(BenchmarkVersion.version.desc())
             .limit(1)
         )
-
-    def add_file(self, file: File) -> None:
-        """Keeps a file."""
-        self._session.add(file)
-        self._session.flush()
-
-    def add_version(self, name: str, version: BenchmarkVersion) -> None:
-        """Keeps the next version of the operator's benchmark of this name."""
-        benchmark = self._session.scalar(
-            select(Benchmark)
-            .where(Benchmark.name == name, Benchmark.project_id.is_(None))
-            .with_for_update()
-        )
-        if benchmark is None:
-            benchmark = Benchmark(project_id=None, name=name)
-            self._session.add(benchmark)
-            self._session.flush()
-        last = self._session.scalar(
-            select(func.max(BenchmarkVersion.version)).where(
-                BenchmarkVersion.benchmark_id == benchmark.id
-            )
-        )
-        version.benchmark_id = benchmark.id
-        version.version = (last or 0) + 1
-        self._session.add(version)
-        self._session.flush()
