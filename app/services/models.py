@@ -132,8 +132,7 @@ def add_demo(
         Conflict: The name is taken.
     """
     manifest = _read_manifest(directory)
-    with transaction(factory) as session:
-        _check_name(CatalogRepository(session), name)
+    require_free_name(factory, name)
     for benchmark in manifest.benchmarks:
         add_operator_benchmark(
             factory,
@@ -193,6 +192,17 @@ def add_operator_benchmark(
         if row is not None:
             storage.delete(row.path)
         raise
+
+
+def require_free_name(factory: SessionFactory, name: str) -> None:
+    """Refuses a name before the work that would end in refusing it.
+
+    Raises:
+        BadRequest: It cannot be a model's name.
+        Conflict: The name is taken.
+    """
+    with transaction(factory) as session:
+        _check_name(CatalogRepository(session), name)
 
 
 def list_models(factory: SessionFactory) -> list[BaseModel]:

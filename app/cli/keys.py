@@ -1,0 +1,98 @@
+"""`retain keys`: API keys, made and revoked on the data directory's database."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+import typer
+
+from app.cli.operator import DataDir, open_database, settings_for
+from app.cli.output import show, show_table, tell
+from app.db.session import transaction
+from app.domain.scopes import DEFAULT_SCOPES, Scope, parse_scopes
+from app.services.keys import (
+    DEFAULT_PROJECT,
+    create_key,
+    ensure_project,
+    list_keys,
+    revoke_key,
+)
+
+keys = typer.Typer(help="API keys (operator).", no_args_is_help=True)
+
+
+@keys.command()
+def create(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    project: Annotated[str, typer.Option(help="Its project; made when missing.")] = DEFAULT_PROJECT,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Repeatable: {', '.join(Scope)}. [default: all but {Scope.KEYS_ADMIN}]",
+            show_default=False,
+        ),
+    ] = None,
+    expires_days: Annotated[
+        float | None, typer.Option(min=0.001, help="Days until it expires. [default: never]")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a key and print it: this once, as only its digest is kept."""
+    scopes = parse_scopes(scope) if scope else DEFAULT_SCOPES
+    expires_at = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
+    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+        created = create_key(
+            session,
+            project_id=ensure_project(session, project),
+            name=name,
+            scopes=scopes,
+            expires_at=expires_at,
+        )
+    tell(f"Key '{name}' of project '{project}'; it is shown this once. Use it as RETAIN_API_KEY.")
+    show(created.text)
+
+
+@keys.command("list")
+def list_(
+    project: Annotated[str | None, typer.Option(help="Only of this project.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """List keys: never their secrets."""
+    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+        rows = list_keys(session, project=project)
+    show_table(
+        ("ID", "NAME", "PROJECT", "STATE", "LAST USED", "SCOPES"),
+        [
+            (
+                key.key_id,
+                key.name,
+                project_name,
+                _state(key.revoked_at, key.expires_at),
+                _time(key.last_used_at),
+                "default" if set(key.scopes) == set(DEFAULT_SCOPES) else " ".join(key.scopes),
+            )
+            for key, project_name in rows
+        ],
+    )
+
+
+@keys.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="The key's id (8 characters), or the whole key.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Revoke a key; it stops working at once."""
+    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+        revoke_key(session, key_id)
+    tell("Revoked.")
+
+
+def _state(revoked_at: datetime | None, expires_at: datetime | None) -> str:
+    if revoked_at is not None:
+        return "revoked"
+    if expires_at is not None and expires_at < datetime.now(UTC):
+        return "expired"
+    return "live"
+
+
+def _time(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.astimezone().strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,133 @@
+"""`retain models`: base models, registered by the operator; and what the project sees."""
+
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from app.cli.client import ApiClient
+from app.cli.operator import DataDir, open_database, settings_for
+from app.cli.output import local_time, show, show_json, show_table, tell
+from app.db.models import BaseModel
+from app.errors import BadRequest, Unavailable
+from app.services.models import add_demo, add_model, require_free_name
+
+models = typer.Typer(help="Base models (operator) and model versions.", no_args_is_help=True)
+
+
+@models.command()
+def add(
+    name: Annotated[str, typer.Argument(help="What jobs will call it.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A directory with safetensors, or a hub id. HF_ENDPOINT names a mirror, RETAIN_HF_TOKEN the"
+            " token for gated and private ids."
+        ),
+    ],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id; pinned to the commit.")
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Repeatable: a benchmark of its suite, as NAME or NAME=WEIGHT.", show_default=False
+        ),
+    ] = None,
+    general_data: Annotated[
+        Path | None,
+        typer.Option(help="Training rows that stand for what it must not forget (JSONL)."),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Register a base model: checked, pinned, hashed and copied into the store."""
+    settings = settings_for(data_dir)
+    with open_database(settings) as factory:
+        model = add_model(
+            factory,
+            settings,
+            name=name,
+            source=source,
+            revision=revision,
+            benchmarks=dict(parse_weight(text) for text in benchmark or ()),
+            general_data=general_data,
+        )
+    _report(model)
+
+
+@models.command("build-demo")
+def build_demo(
+    name: Annotated[str, typer.Argument(help="What jobs will call it.")],
+    seed: Annotated[int, typer.Option(help="Of its weights and data.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep what was built here. [default: a temporary directory]")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Train a tiny base model that forgets in seconds, and register it with its suite and general data."""
+    settings = settings_for(data_dir)
+    with open_database(settings) as factory:
+        require_free_name(factory, name)
+    settings.scratch_root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="demo-", dir=settings.scratch_root) as scratch:
+        directory = out or Path(scratch) / "demo"
+        command = [sys.executable, "-m", "workers.demo_model", str(directory), "--seed", str(seed)]
+        # Its progress goes to standard error: standard output carries results alone.
+        status = subprocess.run(command, stdout=sys.stderr, check=False).returncode  # noqa: S603
+        if status != 0:
+            raise Unavailable(f"Building the demo model failed (exit status {status}).")
+        with open_database(settings) as factory:
+            model = add_demo(factory, settings, name=name, directory=directory)
+    _report(model)
+
+
+@models.command("list")
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the server's answer.")] = False,
+) -> None:
+    """List the base models and model versions that the key's project can use."""
+    with ApiClient() as client:
+        page = client.get("models")
+    if as_json:
+        show_json(page)
+        return
+    show_table(
+        ("ID", "OWNER", "PARENT", "CREATED"),
+        [
+            (row["id"], row.get("owned_by"), row.get("parent"), local_time(row.get("created")))
+            for row in page["data"]
+        ],
+    )
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """A benchmark's name and weight from `NAME` or `NAME=WEIGHT`.
+
+    Raises:
+        BadRequest: The weight is not a number above 0.
+    """
+    name, separator, number = text.rpartition("=")
+    if not separator:
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise BadRequest(f"--benchmark {text}: the weight must be a number above 0.", "benchmark")
+    return name, weight
+
+
+def _report(model: BaseModel) -> None:
+    details = model.details
+    tell(
+        f"Registered {model.name}: {details['architecture']}, {details['num_parameters']:,} parameters,"
+        f" {model.size_bytes / 1e6:,.1f} MB, sha256 {model.sha256[:12]}"
+        + (f", revision {model.revision[:12]}" if model.revision else "")
+    )
+    if not model.has_chat_template:
+        tell("It has no chat template: chat rows get the built-in plain one.")
+    show(model.name)
