@@ -53,12 +53,14 @@ class Encoder:
             TrainingFailed: The pieces don't add up to the text; code `unusable_template`.
         """
         wholes = self.ids(texts)
-        heads = iter(
-            self.ids([text[:cut] for text, at in zip(texts, cuts, strict=True) for cut in at])
+        # The choices of an item share their head.
+        heads = list(
+            dict.fromkeys(text[:cut] for text, at in zip(texts, cuts, strict=True) for cut in at)
         )
+        ids_of = dict(zip(heads, self.ids(heads), strict=True))
         results = []
         for text, at, whole in zip(texts, cuts, wholes, strict=True):
-            edges = [next(heads) for _ in at]
+            edges = [ids_of[text[:cut]] for cut in at]
             if all(whole[: len(head)] == head for head in edges):
                 lengths = [0, *(len(head) for head in edges), len(whole)]
                 results.append([whole[a:b] for a, b in itertools.pairwise(lengths)])

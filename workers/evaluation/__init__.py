@@ -1,0 +1,1 @@
+"""Scoring a model on benchmark items and validation rows."""

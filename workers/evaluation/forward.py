@@ -1,0 +1,109 @@
+"""Forward passes for scoring: logits at chosen positions alone, with or without a cache."""
+
+# Shape letters: B rows, T tokens, N chosen positions, D width, V vocabulary.
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS: Final = 2**24  # of logits made float32 at once: 64 MiB
+
+
+@contextlib.contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """Evaluation and inference mode inside, the former mode after."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+class Reader:
+    """A causal model that is asked for logits at chosen positions.
+
+    The choice is made at the head's input, so that what a model does to its logits afterwards (scaling,
+    soft-capping) still happens, and the head costs nothing where nothing is asked.
+    """
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
+        self._model = model
+        self._head: nn.Module | None = self._model.get_output_embeddings()
+        self.device: torch.device = next(model.parameters()).device
+        self.config: Any = self._model.config
+        text_config = self.config.get_text_config()
+        self.max_tokens: int = int(getattr(text_config, "max_position_embeddings", 0) or 2**20)
+        self.vocab_size: int = int(text_config.vocab_size)
+
+    def logits(self, input_ids_BT: Tensor, positions_N: Tensor, *, cache: Any = None) -> Tensor:  # noqa: ANN401
+        """Logits (N, V) at flat positions (row * T + column) of these columns.
+
+        Args:
+            input_ids_BT: Right-padded rows without a mask: causal attention never looks at what follows.
+            positions_N: At least one.
+            cache: A transformers cache of the columns before, extended in place; None for none.
+        """
+        was_chosen = False
+
+        def choose(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            nonlocal was_chosen
+            was_chosen = True
+            hidden_BTD = inputs[0]
+            flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+            return (flat.index_select(0, positions_N)[None], *inputs[1:])
+
+        with contextlib.ExitStack() as stack:
+            if self._head is not None:
+                handle = self._head.register_forward_pre_hook(choose)
+                stack.callback(handle.remove)
+            out = self._model(
+                input_ids=input_ids_BT, past_key_values=cache, use_cache=cache is not None
+            )
+        logits: Tensor = out.logits.reshape(-1, out.logits.shape[-1])
+        return logits if was_chosen else logits.index_select(0, positions_N)
+
+    def tensor(self, values: Any) -> Tensor:  # noqa: ANN401 - whatever torch takes
+        """An int64 tensor on the model's device."""
+        return torch.as_tensor(np.asarray(values, np.int64), device=self.device)
+
+
+def log_probs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Float32 log-probability (N,) of a target at each position, a chunk of positions at a time."""
+    step = max(CHUNK_ELEMENTS // logits_NV.shape[-1], 1)
+    parts = []
+    for chunk, targets in zip(logits_NV.split(step), targets_N.split(step), strict=True):
+        values = chunk.float()
+        picked = values.gather(1, targets[:, None])[:, 0]
+        parts.append(picked - values.logsumexp(dim=-1))
+    return torch.cat(parts)
+
+
+def pad_rows(rows: Sequence[Sequence[int] | NDArray[np.int32]]) -> NDArray[np.int64]:
+    """Rows of token ids as one array, padded on the right with id 0."""
+    padded = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+def token_batches(
+    order: Sequence[int], lengths: Sequence[int] | NDArray[np.int64], token_budget: int
+) -> Iterator[list[int]]:
+    """Consecutive members of `order`, as many as fit the budget when padded to the longest; at least one."""
+    batch: list[int] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, int(lengths[index]))
+        if batch and longest * (len(batch) + 1) > token_budget:
+            yield batch
+            batch, longest = [], int(lengths[index])
+        batch.append(index)
+    if batch:
+        yield batch
