@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from app.domain.policy import Policy
-from app.domain.runplan import BasePlan, BenchmarkPlan, RowsPlan, RunPlan
+from app.domain.rows import TRAINING_FILE
+from app.domain.runplan import BasePlan, BenchmarkPlan, RunPlan
 from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
 from workers.data.tokens import TokenStore, load_tokens
-from workers.evaluation import evaluate, validation_loss
+from workers.evaluation.evaluate import evaluate, validation_loss
 from workers.training.blend import make_blend
 from workers.training.build import build_run, load_tokenizer
 from workers.training.conversation import Conversation
@@ -39,16 +40,7 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
     )
     tokenizer = load_tokenizer(plan.base)
     template = chat_template(plan.base)
-    files = {
-        "training": plan.training_rows,
-        "general": plan.general_rows,
-        "validation": plan.validation_rows,
-    }
-    stores = {
-        name: _load_rows(plan, name, rows, tokenizer, talk)
-        for name, rows in files.items()
-        if rows is not None
-    }
+    stores = _load_stores(plan, tokenizer, talk, ranks)
     validation = stores.pop("validation", None)
     run = build_run(plan, stores, ranks, device)
     policy = plan.policy or Policy()
@@ -139,20 +131,35 @@ def _interval_is_fixed(plan: RunPlan) -> bool:
     return plan.policy is None or plan.policy.eval_interval is not None or not plan.benchmarks
 
 
-def _load_rows(
+def _load_stores(
     plan: RunPlan,
-    name: str,
-    rows: RowsPlan,
     tokenizer: Any,  # noqa: ANN401 - transformers has no types
     talk: Conversation,
-) -> TokenStore:
-    store = load_tokens(
-        rows,
-        tokenizer,
-        chat_template=chat_template(plan.base),
-        max_seq_length=plan.training.max_seq_length,
-        cache_directory=Path(plan.cache_directory),
-    )
-    for finding in store.findings:
-        talk.note("warn", finding.code, f"{name}: {finding.message}", lines=list(finding.lines))
-    return store
+    ranks: Ranks,
+) -> dict[str, TokenStore]:
+    """The tokenised row files, and a note for what was cut or left out of each."""
+    if not ranks.is_speaker:
+        ranks.broadcast(None)  # rank 0 fills the cache
+    stores = {}
+    for name, (rows, param) in {
+        "training": (plan.training_rows, TRAINING_FILE),
+        "general": (plan.general_rows, "retention.general_data"),
+        "validation": (plan.validation_rows, "validation_file"),
+    }.items():
+        if rows is None:
+            continue
+        stores[name] = store = load_tokens(
+            rows,
+            tokenizer,
+            chat_template=chat_template(plan.base),
+            max_seq_length=plan.training.max_seq_length,
+            cache_directory=Path(plan.cache_directory),
+            param=param,
+            benchmarks=plan.benchmarks if name == "general" else (),
+        )
+        for finding in store.findings:
+            data = {"param": param, "count": finding.count, "lines": list(finding.lines)}
+            talk.note("warn", finding.code, f"{param}: {finding.message}", **data)
+    if ranks.is_speaker:
+        ranks.broadcast(None)
+    return stores

@@ -24,6 +24,8 @@ from app.domain.messages import (
 )
 from app.domain.runplan import ResumePoint, RunPlan
 
+ROOT = Path(__file__).parents[3]
+
 
 @dataclass
 class Committed:
@@ -76,7 +78,7 @@ class Supervisor:
         )
         return self.plan
 
-    def spawn(self, *, kill_at=None, send_at=None):
+    def spawn(self, *, kill_at=None, send_at=None, kill=None):
         """Runs one attempt in a process of its own; its exit code, negative for a signal."""
         plan = self.next_plan()
         path = self.scratch / f"plan-{self.attempt}.json"
@@ -90,10 +92,10 @@ class Supervisor:
         command += ["workers.training.trainer", "--plan", str(path), "--socket", address]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.scratch / f"log-{self.attempt}").open("w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        server.settimeout(120)
-        connection, _ = server.accept()
-        self.serve(connection, kill=process.kill, kill_at=kill_at, send_at=send_at)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        connection = _accept(server, process)
+        assert connection is not None, self.log()
+        self.serve(connection, kill=kill or process.kill, kill_at=kill_at, send_at=send_at)
         code = process.wait(timeout=60)
         server.close()
         return code
@@ -256,6 +258,20 @@ def _listen(address):
     server.bind(address)
     server.listen(1)
     return server
+
+
+def _accept(server, process):
+    """The trainer's connection; None where it ended without one."""
+    server.settimeout(0.5)
+    while process.poll() is None:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
+        return connection
+    server.close()
+    return None
 
 
 def _send(connection, message):
