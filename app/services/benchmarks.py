@@ -33,7 +33,7 @@ class Watched:
 
 def create_benchmark(
     session: Session, project_id: UUID | None, body: CreateBenchmark
-) -> NamedVersion:
+) -> tuple[Benchmark, BenchmarkVersion]:
     """Makes version n+1 of a benchmark; the operator's when there is no project.
 
     Raises:
@@ -55,8 +55,9 @@ def create_benchmark(
             f"scorer: the file holds items for '{found}', not for '{body.scorer.value}'.", "scorer"
         )
     repository = BenchmarkRepository(session)
+    benchmark = repository.ensure(project_id, body.name)
     version = BenchmarkVersion(
-        benchmark_id=repository.ensure(project_id, body.name).id,
+        benchmark_id=benchmark.id,
         kind=body.kind,
         scorer=body.scorer,
         file_id=file.id,
@@ -65,7 +66,7 @@ def create_benchmark(
         chance=float(file.report["chance_level"]),
     )
     repository.add_version(version)
-    return NamedVersion(body.name, version)
+    return benchmark, version
 
 
 def list_benchmarks(
@@ -99,15 +100,16 @@ def get_benchmark(
     return benchmark, repository.latest_versions([benchmark])[benchmark.id]
 
 
-def list_versions(session: Session, project_id: UUID, reference: str) -> list[NamedVersion]:
-    """Every version of a benchmark, newest first.
+def list_versions(
+    session: Session, project_id: UUID, reference: str
+) -> tuple[Benchmark, list[BenchmarkVersion]]:
+    """A benchmark with every version of it, newest first.
 
     Raises:
         NotFound: The project sees no such benchmark.
     """
     benchmark, _ = get_benchmark(session, project_id, reference)
-    versions = BenchmarkRepository(session).list_versions(benchmark)
-    return [NamedVersion(benchmark.name, version) for version in versions]
+    return benchmark, BenchmarkRepository(session).list_versions(benchmark)
 
 
 def resolve_watched(

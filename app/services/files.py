@@ -1,5 +1,7 @@
 """Files: checked line by line before anything is kept, stored, listed and deleted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,52 +37,59 @@ class NewFile:
     expires_seconds: int | None = None
 
 
-def upload_file(
-    factory: SessionFactory,
-    storage: Storage,
-    project_id: UUID,
-    new: NewFile,
-    *,
-    max_bytes: int,
-) -> File:
-    """Checks and keeps an uploaded file; whatever fails, nothing of it stays.
+@dataclass(slots=True)
+class CheckedFile:
+    """A file that was checked and lies in the store; it goes again unless a row is added for it."""
 
-    No transaction is open while the file is read.
+    new: NewFile
+    stored: Stored
+    report: dict[str, Any]
+    is_added: bool = False
+
+
+@contextmanager
+def store_checked(storage: Storage, new: NewFile, *, max_bytes: int) -> Iterator[CheckedFile]:
+    """Checks a file and stores it for the length of a `with` block; whatever fails, nothing of it stays.
+
+    No transaction is open while the file is read: add its row by `add_file` inside the block.
 
     Raises:
         BadRequest: A bad purpose, name or line; the message names line and field.
         TooLarge: The file is over the limit.
     """
     check_purpose(new.purpose)
-    size = new.source.stat().st_size
-    if size > max_bytes:
+    if not 1 <= len(new.filename) <= MAX_FILENAME or "\0" in new.filename:
+        raise BadRequest(f"file: its name must have 1 to {MAX_FILENAME} characters.", "file")
+    if new.source.stat().st_size > max_bytes:
         raise too_large(max_bytes)
     report = check_contents(new.source, new.purpose)
-    stored = _put(storage, new)
+    checked = CheckedFile(new, storage.put_file(new.source, f"files/{uuid4().hex}"), report)
     try:
-        with transaction(factory) as session:
-            return _add(session, project_id, new, stored, report)
+        yield checked
     except BaseException:
-        storage.delete(stored.path)
+        storage.delete(checked.stored.path)
         raise
+    if not checked.is_added:  # the answer was that of an earlier request
+        storage.delete(checked.stored.path)
 
 
-def register_file(
-    session: Session, storage: Storage, project_id: UUID | None, new: NewFile
-) -> File:
-    """Checks and keeps a local file in the caller's transaction: the operator's when there is no project.
-
-    Raises:
-        BadRequest: A bad purpose, name or line; the message names line and field.
-    """
-    check_purpose(new.purpose)
-    report = check_contents(new.source, new.purpose)
-    stored = _put(storage, new)
-    try:
-        return _add(session, project_id, new, stored, report)
-    except BaseException:
-        storage.delete(stored.path)
-        raise
+def add_file(session: Session, project_id: UUID, checked: CheckedFile) -> File:
+    """Adds the row of a checked file, in the caller's transaction."""
+    file = File(
+        project_id=project_id,
+        filename=checked.new.filename,
+        purpose=checked.new.purpose,
+        size_bytes=checked.stored.size_bytes,
+        sha256=checked.stored.sha256,
+        path=checked.stored.path,
+        status=PROCESSED,
+        report=checked.report,
+    )
+    if checked.new.expires_seconds is not None:
+        file.expires_at = datetime.now(UTC) + timedelta(seconds=checked.new.expires_seconds)
+    FileRepository(session).add(file)
+    checked.is_added = True
+    return file
 
 
 def check_purpose(purpose: str) -> None:
@@ -172,35 +181,6 @@ def delete_file(factory: SessionFactory, storage: Storage, project_id: UUID, fil
             raise Conflict(f"The file is in use by {use}.", "file_id", "file_in_use")
         repository.mark_deleted(file)
     storage.delete(file.path)
-
-
-def _put(storage: Storage, new: NewFile) -> Stored:
-    if not 1 <= len(new.filename) <= MAX_FILENAME or "\0" in new.filename:
-        raise BadRequest(f"file: its name must have 1 to {MAX_FILENAME} characters.", "file")
-    return storage.put_file(new.source, f"files/{uuid4().hex}")
-
-
-def _add(
-    session: Session,
-    project_id: UUID | None,
-    new: NewFile,
-    stored: Stored,
-    report: dict[str, Any],
-) -> File:
-    file = File(
-        project_id=project_id,
-        filename=new.filename,
-        purpose=new.purpose,
-        size_bytes=stored.size_bytes,
-        sha256=stored.sha256,
-        path=stored.path,
-        status=PROCESSED,
-        report=report,
-    )
-    if new.expires_seconds is not None:
-        file.expires_at = datetime.now(UTC) + timedelta(seconds=new.expires_seconds)
-    FileRepository(session).add(file)
-    return file
 
 
 def _guess_scorer(file: BinaryIO) -> Scorer:

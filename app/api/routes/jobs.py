@@ -1,0 +1,237 @@
+"""Fine-tuning jobs: made, listed, watched, cancelled, paused, resumed; what happened in them."""
+
+import re
+import time
+from collections.abc import Callable
+from typing import Annotated
+from uuid import UUID
+
+import anyio
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
+
+from app.api.dependencies import (
+    JobsReader,
+    JobsWriter,
+    ModelsWriter,
+    Resources,
+    ResourcesDep,
+    SessionDep,
+    WriterDep,
+)
+from app.api.paging import After, Limit, metadata_filter, parse_after, wants
+from app.api.schemas.base import Page, build_page
+from app.api.schemas.jobs import (
+    CheckpointObject,
+    DecisionObject,
+    EventObject,
+    FrontierObject,
+    JobObject,
+    show_checkpoint,
+    show_decision,
+    show_event,
+    show_job,
+)
+from app.api.schemas.models import ModelObject, show_published
+from app.db.models import Job
+from app.db.session import transaction
+from app.domain.identifiers import parse_id, public_id
+from app.domain.requests import PublishPoint
+from app.domain.scopes import Caller
+from app.domain.spec import CreateJob
+from app.services import control, jobs, registry
+from app.services.submission import submit_job
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+
+MAX_WAIT_SECONDS = 120.0
+POLL_SECONDS = 0.5
+ID = "fine_tuning_job_id"
+
+_PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,6})(?:$|[,;\s])")
+
+
+@router.post("", response_model=JobObject)
+def create_job(
+    body: CreateJob, caller: JobsWriter, writer: WriterDep, resources: ResourcesDep
+) -> Response:
+    """Submits a job. `retention`, `training` and `resources` are siblings of OpenAI's fields."""
+    limit = resources.settings.max_queued_jobs
+
+    def work(session: Session) -> JobObject:
+        job = submit_job(session, caller.project_id, body, max_queued=limit)
+        return show_job(jobs.show_jobs(session, [job])[0])
+
+    return writer.run(caller, body, work)
+
+
+@router.get("")
+def list_jobs(
+    request: Request,
+    session: SessionDep,
+    caller: JobsReader,
+    after: After = None,
+    limit: Limit = 20,
+) -> Page[JobObject]:
+    """The project's jobs, newest first; `metadata[key]=value` keeps those that carry the pair."""
+    metadata, without = metadata_filter(request)
+    found, has_more = jobs.list_jobs(
+        session,
+        caller.project_id,
+        after=parse_after("job", after),
+        limit=limit,
+        metadata=metadata,
+        without_metadata=without,
+    )
+    shown = [show_job(job) for job in jobs.show_jobs(session, found)]
+    return build_page(shown, has_more=has_more)
+
+
+@router.get("/{fine_tuning_job_id}")
+async def retrieve_job(
+    fine_tuning_job_id: str,
+    request: Request,
+    resources: ResourcesDep,
+    caller: JobsReader,
+    wait: Annotated[float | None, Query(ge=0, le=3600)] = None,
+    prefer: Annotated[str | None, Header(max_length=512)] = None,
+) -> JobObject:
+    """One job. With `wait` (or `Prefer: wait=`) seconds the answer comes when its status changes, or then.
+
+    A job that has ended is answered at once; more than two minutes are not waited.
+    """
+    key = parse_id("job", fine_tuning_job_id, param=ID)
+    seconds = min(_wished_wait(wait, prefer), MAX_WAIT_SECONDS)
+    ends_at = time.monotonic() + seconds
+    job = await run_in_threadpool(_load, resources, caller, key)
+    first = job.status
+    # No session is held while waiting: every look is a short transaction of its own.
+    while job.status == first and job.finished_at is None:
+        left = ends_at - time.monotonic()
+        if left <= 0 or await request.is_disconnected():
+            break
+        await anyio.sleep(min(POLL_SECONDS, left))
+        job = await run_in_threadpool(_load, resources, caller, key)
+    return job
+
+
+@router.post("/{fine_tuning_job_id}/cancel", response_model=JobObject)
+def cancel_job(fine_tuning_job_id: str, caller: JobsWriter, writer: WriterDep) -> Response:
+    """Cancels a job; it shows `running` until its worker has stopped."""
+    return _change(fine_tuning_job_id, caller, writer, control.request_cancel)
+
+
+@router.post("/{fine_tuning_job_id}/pause", response_model=JobObject)
+def pause_job(fine_tuning_job_id: str, caller: JobsWriter, writer: WriterDep) -> Response:
+    """Has a running job save and free its GPUs: `pausing`, then `paused`."""
+    return _change(fine_tuning_job_id, caller, writer, control.request_pause)
+
+
+@router.post("/{fine_tuning_job_id}/resume", response_model=JobObject)
+def resume_job(fine_tuning_job_id: str, caller: JobsWriter, writer: WriterDep) -> Response:
+    """Queues a paused job again; it goes on where it stopped."""
+    return _change(fine_tuning_job_id, caller, writer, control.resume_job)
+
+
+@router.get("/{fine_tuning_job_id}/events")
+def list_events(
+    fine_tuning_job_id: str,
+    session: SessionDep,
+    caller: JobsReader,
+    after: After = None,
+    limit: Limit = 20,
+) -> Page[EventObject]:
+    """The job's log, newest first."""
+    job = _get(session, caller, fine_tuning_job_id)
+    found, has_more = jobs.list_events(session, job, after=parse_after("event", after), limit=limit)
+    return build_page([show_event(event) for event in found], has_more=has_more)
+
+
+@router.get("/{fine_tuning_job_id}/checkpoints")
+def list_checkpoints(
+    fine_tuning_job_id: str,
+    session: SessionDep,
+    caller: JobsReader,
+    after: After = None,
+    limit: Limit = 10,
+) -> Page[CheckpointObject]:
+    """The job's checkpoints, newest first."""
+    job = _get(session, caller, fine_tuning_job_id)
+    found, has_more = jobs.list_checkpoints(
+        session, job, after=parse_after("checkpoint", after), limit=limit
+    )
+    shown = jobs.show_jobs(session, [job])[0]
+    return build_page([show_checkpoint(row, shown) for row in found], has_more=has_more)
+
+
+@router.get("/{fine_tuning_job_id}/decisions")
+def list_decisions(
+    fine_tuning_job_id: str,
+    request: Request,
+    session: SessionDep,
+    caller: JobsReader,
+    after: After = None,
+    limit: Limit = 20,
+) -> Page[DecisionObject]:
+    """What the controller decided, newest first; `include=evidence` adds all it rested on."""
+    job = _get(session, caller, fine_tuning_job_id)
+    found, has_more = jobs.list_decisions(
+        session, job, after=parse_after("decision", after), limit=limit
+    )
+    with_evidence = wants(request, "evidence")
+    shown = [show_decision(row, with_evidence=with_evidence) for row in found]
+    return build_page(shown, has_more=has_more)
+
+
+@router.get("/{fine_tuning_job_id}/frontier")
+def get_frontier(
+    fine_tuning_job_id: str, session: SessionDep, caller: JobsReader
+) -> FrontierObject:
+    """The line from base to tuned as it was measured at the job's end; empty before."""
+    job = _get(session, caller, fine_tuning_job_id)
+    points = (job.report or {}).get("frontier") or []
+    return FrontierObject(fine_tuning_job_id=public_id("job", job.id), data=list(points))
+
+
+@router.post("/{fine_tuning_job_id}/publish", response_model=ModelObject)
+def publish_point(
+    fine_tuning_job_id: str, body: PublishPoint, caller: ModelsWriter, writer: WriterDep
+) -> Response:
+    """Has a point of the frontier written as a model version; answers at once, with it `pending`."""
+    key = parse_id("job", fine_tuning_job_id, param=ID)
+
+    def work(session: Session) -> ModelObject:
+        version, export = registry.publish_point(session, caller.project_id, key, body)
+        return show_published(version, export)
+
+    return writer.run(caller, body, work)
+
+
+def _get(session: Session, caller: Caller, job_id: str) -> Job:
+    return jobs.get_job(session, caller.project_id, parse_id("job", job_id, param=ID))
+
+
+def _load(resources: Resources, caller: Caller, key: UUID) -> JobObject:
+    with transaction(resources.session_factory) as session:
+        job = jobs.get_job(session, caller.project_id, key)
+        return show_job(jobs.show_jobs(session, [job])[0])
+
+
+def _change(job_id: str, caller: Caller, writer: WriterDep, change: Callable[..., Job]) -> Response:
+    key = parse_id("job", job_id, param=ID)
+
+    def work(session: Session) -> JobObject:
+        jobs.get_job(session, caller.project_id, key)  # of this kind and project, or a 404
+        job = change(session, project_id=caller.project_id, job_id=key)
+        session.refresh(job)
+        return show_job(jobs.show_jobs(session, [job])[0])
+
+    return writer.run(caller, None, work)
+
+
+def _wished_wait(wait: float | None, prefer: str | None) -> float:
+    if wait is not None:
+        return wait
+    found = None if prefer is None else _PREFER_WAIT.search(prefer)
+    return 0.0 if found is None else float(found[1])

@@ -1,0 +1,76 @@
+"""The benchmark object and its versions."""
+
+from typing import Literal
+
+from app.api.schemas.base import Identified, unix
+from app.db.models import Benchmark, BenchmarkVersion
+from app.domain.identifiers import public_id
+
+
+class BenchmarkObject(Identified):
+    """A benchmark with one of its versions; `items_sha256` is the suite hash of posted results."""
+
+    object: Literal["benchmark"] = "benchmark"
+    created_at: int
+    name: str
+    version: int
+    version_id: str
+    owned_by: str
+    kind: str
+    scorer: str
+    file: str | None
+    items_sha256: str
+    num_items: int
+    chance: float
+
+
+class BenchmarkVersionObject(Identified):
+    """One version of a benchmark."""
+
+    object: Literal["benchmark.version"] = "benchmark.version"
+    created_at: int
+    name: str
+    version: int
+    kind: str
+    scorer: str
+    file: str | None
+    items_sha256: str
+    num_items: int
+    chance: float
+
+
+def show_benchmark(benchmark: Benchmark, version: BenchmarkVersion) -> BenchmarkObject:
+    """A benchmark as clients see it."""
+    is_own = benchmark.project_id is not None
+    return BenchmarkObject(
+        id=public_id("benchmark", benchmark.id),
+        created_at=unix(version.created_at),
+        name=benchmark.name,
+        version=version.version,
+        version_id=public_id("benchmark_version", version.id),
+        owned_by=(
+            "retain" if benchmark.project_id is None else public_id("project", benchmark.project_id)
+        ),
+        kind=version.kind.value,
+        scorer=version.scorer.value,
+        file=public_id("file", version.file_id) if is_own else None,
+        items_sha256=version.items_sha256,
+        num_items=version.num_items,
+        chance=version.chance,
+    )
+
+
+def show_version(name: str, version: BenchmarkVersion, *, is_own: bool) -> BenchmarkVersionObject:
+    """A benchmark version as clients see it; the operator's files are not theirs to read."""
+    return BenchmarkVersionObject(
+        id=public_id("benchmark_version", version.id),
+        created_at=unix(version.created_at),
+        name=name,
+        version=version.version,
+        kind=version.kind.value,
+        scorer=version.scorer.value,
+        file=public_id("file", version.file_id) if is_own else None,
+        items_sha256=version.items_sha256,
+        num_items=version.num_items,
+        chance=version.chance,
+    )

@@ -1,0 +1,77 @@
+"""The HTTP server's wiring; nothing happens at import."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from cryptography.fernet import MultiFernet
+from fastapi import FastAPI
+
+from app.api.dependencies import Resources
+from app.api.errors import ErrorBody, install_error_handlers
+from app.api.limits import BodyLimits, RequestFrame
+from app.api.routes import benchmarks, files, health, jobs, models, results, webhooks
+from app.db.session import SessionFactory, build_engine, build_session_factory
+from app.services.ciphers import load_cipher
+from app.services.logs import configure_logging
+from app.services.storage import Storage
+from app.settings import Settings, load_settings
+
+#: One process serves so many requests at once from threads; each holds at most one connection.
+POOL_SIZE = 15
+RESULTS_PATH = "/v1/benchmark_results"
+MAX_RESULTS_BYTES = 16 * 2**20  # hundreds of thousands of items' scores
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 422, 429, 503)
+}
+
+
+def create_app(
+    settings: Settings, session_factory: SessionFactory, *, cipher: MultiFernet | None = None
+) -> FastAPI:
+    """The application over a database; storage and the secrets' key come from the settings."""
+    app = FastAPI(
+        title="Retain",
+        version="0.1.0",
+        description="Fine-tunes language models without letting them forget.",
+        docs_url="/docs" if settings.docs_enabled else None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if settings.docs_enabled else None,
+        redirect_slashes=False,
+        responses=ERRORS,
+    )
+    app.state.resources = Resources(
+        settings=settings,
+        session_factory=session_factory,
+        storage=Storage(settings.storage_root),
+        cipher=load_cipher(settings) if cipher is None else cipher,
+    )
+    install_error_handlers(app)
+    for noun in (files, jobs, models, benchmarks, results, webhooks, health):
+        app.include_router(noun.router)
+    app.add_middleware(
+        BodyLimits,
+        max_bytes=settings.max_json_bytes,
+        larger={RESULTS_PATH: max(settings.max_json_bytes, MAX_RESULTS_BYTES)},
+    )
+    app.add_middleware(RequestFrame)  # added last, so outermost
+    return app
+
+
+def create_app_from_environment() -> FastAPI:
+    """The application as `uvicorn --factory` starts it, from `RETAIN_*` variables."""
+    settings = load_settings()
+    configure_logging(settings)
+    if settings.database_url is None:
+        raise RuntimeError("RETAIN_DATABASE_URL is not set; `retain up` sets it for its processes")
+    engine = build_engine(settings.database_url, pool_size=POOL_SIZE, application="retain-api")
+    app = create_app(settings, build_session_factory(engine))
+
+    @asynccontextmanager
+    async def dispose(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.dispose()
+
+    app.router.lifespan_context = dispose
+    return app
