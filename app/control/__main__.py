@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 
 import structlog
-from app.control import outbox, reconciler, webhook_sender
 
+from app.control import outbox, reconciler, webhook_sender
 from app.db.session import SessionFactory, build_engine, build_session_factory
 from app.errors import Unavailable
 from app.services.logs import configure_logging

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ from uuid import uuid4
 from pydantic import BaseModel as Schema
 from pydantic import Field, ValidationError
 
-from app.db.models import BaseModel, BenchmarkVersion, File
+from app.db.models import BaseModel, BenchmarkVersion
 from app.db.repositories.catalog import CatalogRepository
 from app.db.session import SessionFactory, transaction
 from app.domain.benchmarks import BenchmarkKind, Scorer
@@ -19,7 +20,7 @@ from app.domain.identifiers import public_id
 from app.domain.requests import CreateBenchmark
 from app.errors import BadRequest, Conflict
 from app.services.benchmarks import create_benchmark
-from app.services.files import EVALS, FINE_TUNE, NewFile, check_contents, register_file
+from app.services.files import EVALS, FINE_TUNE, CheckedFile, NewFile, add_file, store_checked
 from app.services.model_files import copy_files, open_source, read_facts
 from app.services.storage import Storage
 from app.settings import Settings
@@ -76,18 +77,23 @@ def add_model(
         for benchmark in benchmarks or {}:
             CatalogRepository(session).get_benchmark(benchmark)
     storage = Storage(settings.storage_root)
-    if general_data is not None:
-        _require_file(general_data)
-        check_contents(general_data, FINE_TUNE)
-    general: File | None = None
     path = f"models/base/{uuid4().hex}"
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    try:
+    settings.scratch_root.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        general = (
+            None
+            if general_data is None
+            else stack.enter_context(_stored(storage, settings, general_data, FINE_TUNE))
+        )
+        # Deleted on any failure, and kept by `pop_all` once the row is committed.
+        undo = stack.enter_context(ExitStack())
+        undo.callback(storage.delete, path)
         with (
             open_source(
                 source, revision=revision, token=token, scratch=settings.scratch_root
             ) as found,
-            TemporaryDirectory(dir=_scratch(settings)) as scratch,
+            TemporaryDirectory(dir=settings.scratch_root) as scratch,
         ):
             facts = asdict(read_facts(found))
             copy_files(found, Path(scratch) / "model")
@@ -103,22 +109,16 @@ def add_model(
             details=facts,
         )
         with transaction(factory) as session:
-            if general_data is not None:  # first: no statement has begun the transaction yet
-                new = NewFile(general_data, general_data.name, FINE_TUNE)
-                general = register_file(session, storage, None, new)
-                model.general_file_id = general.id
             catalog = CatalogRepository(session)
             _check_name(catalog, name)
+            if general is not None:
+                model.general_file_id = add_file(session, None, general).id
             suite = [
                 (catalog.get_benchmark(benchmark), weight)
                 for benchmark, weight in (benchmarks or {}).items()
             ]
             catalog.add_model(model, suite)
-    except BaseException:
-        storage.delete(path)
-        if general is not None:
-            storage.delete(general.path)
-        raise
+        undo.pop_all()
     return model
 
 
@@ -171,27 +171,20 @@ def add_operator_benchmark(
     Raises:
         BadRequest: The file is missing, or a line of it cannot be read.
     """
-    _require_file(file)
     storage = Storage(settings.storage_root)
-    row: File | None = None
-    try:
-        with transaction(factory) as session:
-            row = register_file(session, storage, None, NewFile(file, file.name, EVALS))
-            known = CatalogRepository(session).find_version(
-                name, row.sha256, kind=kind, scorer=scorer
-            )
-            if known is not None:
-                session.delete(row)
-                storage.delete(row.path)
-                return known
-            body = CreateBenchmark(
-                name=name, file=public_id("file", row.id), kind=kind, scorer=scorer
-            )
-            return create_benchmark(session, None, body).version
-    except BaseException:
-        if row is not None:
-            storage.delete(row.path)
-        raise
+    with (
+        _stored(storage, settings, file, EVALS) as checked,
+        transaction(factory) as session,
+    ):
+        known = CatalogRepository(session).find_version(
+            name, checked.stored.sha256, kind=kind, scorer=scorer
+        )
+        if known is not None:
+            return known
+        row = add_file(session, None, checked)
+        body = CreateBenchmark(name=name, file=public_id("file", row.id), kind=kind, scorer=scorer)
+        _, version = create_benchmark(session, None, body)
+        return version
 
 
 def require_free_name(factory: SessionFactory, name: str) -> None:
@@ -239,6 +232,10 @@ def _require_file(path: Path) -> None:
         raise BadRequest(f"{path} is not a file.")
 
 
-def _scratch(settings: Settings) -> Path:
-    settings.scratch_root.mkdir(parents=True, exist_ok=True)
-    return settings.scratch_root
+def _stored(
+    storage: Storage, settings: Settings, path: Path, purpose: str
+) -> AbstractContextManager[CheckedFile]:
+    _require_file(path)
+    # An operator's own file may be larger than what clients may upload.
+    max_bytes = max(settings.max_upload_bytes, path.stat().st_size)
+    return store_checked(storage, NewFile(path, path.name, purpose), max_bytes=max_bytes)
