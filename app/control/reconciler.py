@@ -44,7 +44,7 @@ def sweep(factory: SessionFactory, settings: Settings) -> None:
     with transaction(factory) as session:
         rung = ring_again(session)
     if moved or rung:
-        log.info("reconciler.moved_on", validated=len(moved), rung_again=rung)
+        log.info("reconciler.moved_on", validated=moved, rung_again=rung)
 
 
 def clear(factory: SessionFactory, settings: Settings) -> None:

@@ -8,9 +8,9 @@ from uuid import UUID
 from sqlalchemy import case, func
 from sqlalchemy.orm import Session
 
-from app.db.models import Job
+from app.db.models import Job, ModelVersion
 from app.db.repositories.jobs import JobRepository, from_now
-from app.domain.states import JobState, StopRequest
+from app.domain.states import JobKind, JobState, StopRequest
 from app.errors import Fenced
 from app.services.events import add_job_event, add_transition
 
@@ -133,10 +133,12 @@ def hold(session: Session, job_id: UUID, attempt: int) -> Job:
     return job
 
 
-def has_ended(session: Session, job_id: UUID, attempt: int) -> bool:
-    """Whether this attempt's end is already recorded: its commit went through, only the reply was lost."""
+def find_end(session: Session, job_id: UUID, attempt: int) -> JobState | None:
+    """Where the job came to rest after this attempt: for an end whose commit went through with the reply lost."""
     job = JobRepository(session).lock(job_id)
-    return job is not None and job.attempt == attempt and not job.state.is_leased
+    if job is None or job.attempt != attempt or job.state.is_leased:
+        return None
+    return job.state
 
 
 def release_job(session: Session, job_id: UUID, attempt: int, *, reason: str) -> JobState:
@@ -240,6 +242,7 @@ def end_lease(job: Job, state: JobState) -> None:
 def end_failed(session: Session, job: Job, *, code: str, message: str, param: str | None) -> None:
     """Moves a locked job to `failed` with its error."""
     end_lease(job, JobState.FAILED)
+    _abandon_export(session, job)
     job.error = {"code": code, "message": message, "param": param}
     session.flush()
     add_transition(
@@ -269,9 +272,19 @@ def note(
 
 def _stop(session: Session, job: Job, state: JobState) -> JobState:
     end_lease(job, state)
+    if state is JobState.CANCELLED:
+        _abandon_export(session, job)
     session.flush()
     word = (
         "Fine-tuning job cancelled." if state is JobState.CANCELLED else "Fine-tuning job paused."
     )
     add_transition(session, job, state, word, data={"code": state.value, "step": job.step})
     return state
+
+
+def _abandon_export(session: Session, job: Job) -> None:
+    """The model version that an export job would have filled never comes."""
+    if job.kind is JobKind.EXPORT and job.model_version_id is not None:
+        version = session.get_one(ModelVersion, job.model_version_id)
+        if version.status == "pending":
+            version.status = "failed"

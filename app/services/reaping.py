@@ -3,20 +3,17 @@
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func
 from sqlalchemy.orm import Session
 
-from app.db.models import File, Job
 from app.db.repositories.delivery import (
     OutboxRepository,
     WorkerRepository,
     delete_old_answers,
 )
 from app.db.repositories.jobs import JobRepository
-from app.domain.identifiers import public_id
 from app.domain.states import JobState
 from app.services.engine import CrashRules, after_crash
-from app.services.events import add_transition
+from app.services.submission import settle_validation
 
 RING_AGAIN_SECONDS = 30.0
 WORKER_SILENT_SECONDS = 60.0
@@ -83,32 +80,9 @@ def ring_again(session: Session) -> int:
     return len(job_ids)
 
 
-def sweep_validating(session: Session) -> list[Job]:
-    """Moves jobs on whose files have been checked: to the queue, or to `failed`."""
-    moved = []
-    repository = JobRepository(session)
-    for job in repository.lock_validating():
-        files = [
-            (param, session.get_one(File, file_id))
-            for param, file_id in (
-                ("training_file", job.training_file_id),
-                ("validation_file", job.validation_file_id),
-                ("retention.general_data", job.general_file_id),
-            )
-            if file_id is not None
-        ]
-        bad = next(((p, f) for p, f in files if f.status == "error" or f.deleted_at), None)
-        if bad is not None:
-            _refuse(session, job, *bad)
-            moved.append(job)
-        elif all(file.status == "processed" for _, file in files):
-            job.move_to(JobState.QUEUED)
-            job.not_before = func.clock_timestamp()
-            repository.add_bell(job.id)
-            session.flush()
-            add_transition(session, job, job.state, "Files validated, moving job to queued state.")
-            moved.append(job)
-    return moved
+def sweep_validating(session: Session) -> int:
+    """Moves jobs on whose files have been checked: to the queue, or to `failed`; how many."""
+    return sum(settle_validation(session, job) for job in JobRepository(session).lock_validating())
 
 
 def clear_rows(session: Session) -> Cleared:
@@ -117,19 +91,4 @@ def clear_rows(session: Session) -> Cleared:
         outbox=OutboxRepository(session).delete_done(seconds=OUTBOX_KEPT_SECONDS),
         answers=delete_old_answers(session),
         workers=WorkerRepository(session).delete_silent(seconds=10 * WORKER_SILENT_SECONDS),
-    )
-
-
-def _refuse(session: Session, job: Job, param: str, file: File) -> None:
-    job.move_to(JobState.FAILED)
-    job.finished_at = func.clock_timestamp()
-    why = file.status_details or "it was deleted"
-    job.error = {
-        "code": "invalid_file",
-        "message": f"{param}: the file {public_id('file', file.id)} can't be used: {why}",
-        "param": param,
-    }
-    session.flush()
-    add_transition(
-        session, job, job.state, job.error["message"], level="error", data={"error": job.error}
     )

@@ -44,6 +44,12 @@ class CheckpointRepository:
             )
         )
 
+    def find_path(self, job_id: UUID, path: str) -> Checkpoint | None:
+        """The job's checkpoint that lies at a path under the storage root."""
+        return self._session.scalar(
+            select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.path == path)
+        )
+
     def list_usable(self, job_id: UUID) -> Sequence[Checkpoint]:
         """What can be resumed from: newest branch, step and attempt first."""
         return self._session.scalars(

@@ -178,10 +178,10 @@ class JobRepository:
         self._session.add(OutboxMessage(job_id=job_id, available_at=from_now(seconds)))
 
     def list_orders(self, job_id: UUID, branch: int, *, after: int) -> Sequence[JobOrder]:
-        """Outside orders of a branch with a version above `after`, oldest first."""
+        """Outside orders of a branch or a later one with a version above `after`, oldest first."""
         return self._session.scalars(
             select(JobOrder)
-            .where(JobOrder.job_id == job_id, JobOrder.branch == branch, JobOrder.version > after)
+            .where(JobOrder.job_id == job_id, JobOrder.branch >= branch, JobOrder.version > after)
             .order_by(JobOrder.version)
         ).all()
 

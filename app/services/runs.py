@@ -1,0 +1,317 @@
+"""What an attempt is given: its plan, the inputs to bring to the worker's disk, and where it takes up the run."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from app.db.models import BaseModel, Checkpoint, File, Job
+from app.db.repositories.checkpoints import CheckpointRepository
+from app.db.repositories.history import HistoryRepository
+from app.domain.decisions import Action, ControllerState
+from app.domain.identifiers import parse_id, public_id
+from app.domain.messages import Carry, DecisionReply
+from app.domain.runplan import BasePlan, BenchmarkPlan, ExportPlan, ResumePoint, RowsPlan, RunPlan
+from app.domain.spec import ExportSpec, JobSpec
+from app.domain.states import JobKind
+from app.errors import TrainingFailed
+from app.services.benchmarks import Watched, resolve_watched
+from app.services.checkpoints import choose_resume
+from app.services.decisions import RUN
+from app.services.engine import hold
+from app.services.evaluations import find_baseline
+from app.services.progress import list_new_orders
+from app.settings import Settings
+
+#: Below so many parameters one thread is fastest: two that share a cache were up to 9 times slower.
+SMALL_MODEL_PARAMETERS: Final = 5_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Something stored that a run reads from local disk."""
+
+    path: str  # under the storage root
+    local: Path
+    sha256: str
+    is_directory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A stored checkpoint, to be brought to local disk and verified there by its manifest."""
+
+    checkpoint_id: UUID
+    path: str  # under the storage root
+    local: Path
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan, and what has to lie where it says before the trainer starts."""
+
+    plan: RunPlan | ExportPlan
+    inputs: tuple[Input, ...]
+    state: SavedState | None  # what is resumed from, or exported
+    order_version: int  # of the last outside order that the plan knows
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where things lie on a worker's disk; an attempt's own directory is shared with no other attempt."""
+
+    root: Path
+    job_id: UUID
+    attempt: int
+
+    @property
+    def directory(self) -> Path:
+        """The attempt's own."""
+        return self.root / "jobs" / self.job_id.hex / f"a{self.attempt}"
+
+    @property
+    def cache(self) -> Path:
+        """Computed once for all jobs, keyed by hashes."""
+        return self.root / "cache"
+
+    def input(self, sha256: str) -> Path:
+        """An input, named by its contents and shared by all jobs."""
+        return self.root / "inputs" / sha256
+
+    def checkpoint(self, checkpoint: Checkpoint) -> Path:
+        """A stored checkpoint's local copy."""
+        point = f"b{checkpoint.branch}/step-{checkpoint.step}"
+        return self.directory / "fetched" / f"a{checkpoint.attempt}" / point
+
+
+def prepare_run(session: Session, job_id: UUID, attempt: int, settings: Settings) -> Prepared:
+    """Plans an attempt and keeps the plan with the job.
+
+    Raises:
+        Fenced: The attempt no longer holds the job.
+        TrainingFailed: It cannot be run: a file is gone, or no checkpoint is left.
+    """
+    job = hold(session, job_id, attempt)
+    scratch = Scratch(settings.scratch_root, job_id, attempt)
+    match job.kind:
+        case JobKind.FINE_TUNING:
+            return build_run_plan(session, job, settings, scratch)
+        case JobKind.EXPORT:
+            return build_export_plan(session, job, settings, scratch)
+        case JobKind.EVALUATION:
+            raise TrainingFailed(
+                "This server has no worker for evaluation jobs.", code="unsupported_kind"
+            )
+
+
+def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scratch) -> Prepared:
+    """A fine-tuning attempt; what an earlier attempt settled (interval, items, threads, ranks) stays."""
+    spec = JobSpec.model_validate(job.spec)
+    earlier = job.run_plan or {}
+    base, base_input = _base(session, job, scratch)
+    inputs = [base_input]
+    rows = {
+        name: _rows(session, file_id, name, scratch, inputs)
+        for name, file_id in (
+            ("training_file", job.training_file_id),
+            ("validation_file", job.validation_file_id),
+            ("general_data", job.general_file_id),
+        )
+    }
+    training_rows = rows["training_file"]
+    if training_rows is None:
+        raise TrainingFailed("The job has no training file.", "training_file", "file_not_found")
+    policy = spec.policy
+    asked = None if policy is None else policy.gate_items
+    resources = spec.request.resources
+    checkpoint = choose_resume(session, job)
+    plan = RunPlan(
+        job_id=public_id("job", job.id),
+        attempt=job.attempt,
+        branch=job.branch,
+        base=base,
+        training_rows=training_rows,
+        validation_rows=rows["validation_file"],
+        general_rows=rows["general_data"],
+        training=spec.training,
+        strategies=spec.strategies,
+        policy=policy,
+        benchmarks=_benchmarks(session, job, spec, base, scratch, inputs),
+        eval_interval=earlier.get("eval_interval"),
+        gate_items=earlier.get("gate_items", asked),
+        num_processes=earlier.get("num_processes")
+        or resources.num_processes
+        or max(job.num_gpus, 1),
+        threads=earlier.get("threads") or choose_threads(session, job, settings),
+        scratch_directory=str(scratch.directory),
+        cache_directory=str(scratch.cache),
+        resume=None if checkpoint is None else _resume(session, job, checkpoint, scratch),
+    )
+    job.run_plan = _without_baselines(plan.model_dump(mode="json"))
+    session.flush()
+    return Prepared(plan, tuple(inputs), _state(checkpoint, scratch), job.order_version)
+
+
+def build_export_plan(session: Session, job: Job, settings: Settings, scratch: Scratch) -> Prepared:
+    """An export attempt: one point of another job's line from base to tuned."""
+    spec = ExportSpec.model_validate(job.spec)
+    source = session.get_one(Job, parse_id("job", spec.source_job_id))
+    checkpoint = session.get_one(Checkpoint, parse_id("checkpoint", spec.checkpoint_id))
+    if checkpoint.deleted_at is not None or checkpoint.corrupt:
+        raise TrainingFailed("The checkpoint to export is gone.", code="no_valid_checkpoint")
+    base, base_input = _base(session, job, scratch)
+    inputs = [base_input]
+    source_spec = JobSpec.model_validate(source.spec)
+    plan = ExportPlan(
+        job_id=public_id("export", job.id),
+        attempt=job.attempt,
+        base=base,
+        checkpoint_directory=str(scratch.checkpoint(checkpoint)),
+        training=source_spec.training,
+        alpha=spec.alpha,
+        benchmarks=_benchmarks(session, source, source_spec, base, scratch, inputs),
+        threads=choose_threads(session, job, settings),
+        scratch_directory=str(scratch.directory),
+        cache_directory=str(scratch.cache),
+    )
+    job.run_plan = _without_baselines(plan.model_dump(mode="json"))
+    session.flush()
+    return Prepared(plan, tuple(inputs), _state(checkpoint, scratch), job.order_version)
+
+
+def choose_threads(session: Session, job: Job, settings: Settings) -> int:
+    """CPU threads of a trainer: the operator's word, else one for a small model and every core for others."""
+    if settings.torch_threads is not None:
+        return settings.torch_threads
+    base = session.get_one(BaseModel, job.base_model_id)
+    if int(base.details.get("num_parameters") or 0) < SMALL_MODEL_PARAMETERS:
+        return 1
+    return max((os.cpu_count() or 1) // (settings.worker_slots or 1), 1)
+
+
+def find_state(session: Session, path: str, scratch: Scratch) -> SavedState | None:
+    """The stored checkpoint at a path, as rollbacks and publish targets name it."""
+    return _state(CheckpointRepository(session).find_path(scratch.job_id, path), scratch)
+
+
+def _base(session: Session, job: Job, scratch: Scratch) -> tuple[BasePlan, Input]:
+    row = session.get_one(BaseModel, job.base_model_id)
+    local = scratch.input(row.sha256)
+    plan = BasePlan(
+        name=row.name,
+        directory=str(local),
+        sha256=row.sha256,
+        default_template=not row.has_chat_template,
+    )
+    return plan, Input(row.path, local, row.sha256, is_directory=True)
+
+
+def _rows(
+    session: Session, file_id: UUID | None, param: str, scratch: Scratch, inputs: list[Input]
+) -> RowsPlan | None:
+    if file_id is None:
+        return None
+    local = _file(session, file_id, param, scratch, inputs)
+    return RowsPlan(path=str(local.local), sha256=local.sha256)
+
+
+def _file(
+    session: Session, file_id: UUID, param: str, scratch: Scratch, inputs: list[Input]
+) -> Input:
+    row = session.get_one(File, file_id)
+    if row.deleted_at is not None:
+        raise TrainingFailed(
+            f"The file {public_id('file', file_id)} was deleted.", param, "file_not_found"
+        )
+    found = Input(row.path, scratch.input(row.sha256), row.sha256, is_directory=False)
+    inputs.append(found)
+    return found
+
+
+def _benchmarks(
+    session: Session,
+    job: Job,
+    spec: JobSpec,
+    base: BasePlan,
+    scratch: Scratch,
+    inputs: list[Input],
+) -> tuple[BenchmarkPlan, ...]:
+    """What the job watches, with the baselines that are known; its spec names exact versions."""
+    if spec.policy is None:
+        return ()
+    row = session.get_one(BaseModel, job.base_model_id)
+    watched = resolve_watched(session, job.project_id, row, spec.policy.benchmarks)
+    return tuple(_benchmark(session, found, base, scratch, inputs) for found in watched)
+
+
+def _benchmark(
+    session: Session, found: Watched, base: BasePlan, scratch: Scratch, inputs: list[Input]
+) -> BenchmarkPlan:
+    version = found.benchmark.version
+    file = _file(session, version.file_id, "retention.policy.benchmarks", scratch, inputs)
+    baseline = find_baseline(session, base, version.id)
+    return BenchmarkPlan(
+        benchmark_version_id=str(version.id),
+        name=found.benchmark.reference,
+        kind=version.kind,
+        scorer=version.scorer,
+        weight=found.weight,
+        max_drop=found.max_drop,
+        path=str(file.local),
+        sha256=version.items_sha256,
+        baseline_scores=None if baseline is None else baseline.scores,
+        baseline_tokens=None if baseline is None else baseline.tokens,
+    )
+
+
+def _resume(session: Session, job: Job, checkpoint: Checkpoint, scratch: Scratch) -> ResumePoint:
+    """Where the attempt begins: a checkpoint with its recorded decision, or a rollback's target with what ran on."""
+    history = HistoryRepository(session)
+    decision, carry, state = None, None, None
+    if checkpoint.branch == job.branch:
+        row = history.find_decision(job.id, checkpoint.branch, checkpoint.step, RUN)
+        if row is not None and row.action != Action.ROLL_BACK.value:
+            decision = DecisionReply.model_validate(row.reply)
+    else:
+        row = history.find_rollback(job)
+        if row is not None and row.carry is not None:
+            carry = Carry.model_validate(row.carry)
+        if job.controller_state is not None:
+            state = ControllerState.model_validate(
+                job.controller_state if row is None else row.decision["state"]
+            )
+    orders = [
+        order
+        for order in list_new_orders(session, job.id, job.branch, after=0)
+        if order.effective_step is None or order.effective_step > checkpoint.step
+    ]
+    return ResumePoint(
+        checkpoint_directory=str(scratch.checkpoint(checkpoint)),
+        branch=job.branch,
+        step=checkpoint.step,
+        decision=decision,
+        carry=carry,
+        state=state,
+        orders=tuple(orders),
+    )
+
+
+def _state(checkpoint: Checkpoint | None, scratch: Scratch) -> SavedState | None:
+    if checkpoint is None:
+        return None
+    return SavedState(
+        checkpoint_id=checkpoint.id,
+        path=checkpoint.path,
+        local=scratch.checkpoint(checkpoint),
+        manifest_sha256=checkpoint.manifest_sha256,
+    )
+
+
+def _without_baselines(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan as it is kept: baselines lie with the evaluations, and can be megabytes."""
+    empty = {"baseline_scores": None, "baseline_tokens": None}
+    return plan | {"benchmarks": [benchmark | empty for benchmark in plan["benchmarks"]]}
