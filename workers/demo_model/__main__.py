@@ -45,9 +45,11 @@ def build(directory: Path, seed: int) -> None:
     for path, lines in files.items():
         write_lines(directory / path, lines)
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported
+    import torch
+
     from workers.demo_model import pretraining
 
-    pretraining.torch.set_num_threads(1)
+    torch.set_num_threads(1)
     print(f"training the base model on {len(samples):,} rows", flush=True)
     model, tokenizer = pretraining.pretrain(samples, seed, _report)
     pretraining.save(model, tokenizer, directory / "model")

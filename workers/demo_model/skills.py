@@ -74,9 +74,7 @@ def _agreement(rng: Random) -> Question:
     forms = [verb, f"{verb}s"]
     subject = rng.choice(PEOPLE) + ("s" if is_plural else "")
     first, second = rng.sample(forms, 2)
-    prompt = (
-        f"the {rng.choice(ADJECTIVES)} {subject} near the {rng.choice(PLACES)} : {first} or {second}"
-    )
+    prompt = f"the {rng.choice(ADJECTIVES)} {subject} near the {rng.choice(PLACES)} : {first} or {second}"
     right, wrong = forms if is_plural else forms[::-1]
     return _question("agreement", prompt, right, [wrong], rng)
 
@@ -107,9 +105,7 @@ def _sequence(rng: Random) -> Question:
     right = start + 3 * step
     near = [i for i in range(right - 4, right + 5) if i != right and 0 <= i < len(symbols)]
     others = [symbols[i] for i in rng.sample(near, 3)]
-    return _question(
-        "sequence", f"{who} {' '.join(shown)} then", symbols[right], others, rng
-    )
+    return _question("sequence", f"{who} {' '.join(shown)} then", symbols[right], others, rng)
 
 
 def _copy(rng: Random) -> Question:
@@ -154,7 +150,7 @@ GENERATORS: Mapping[str, Callable[[Random], Question]] = MappingProxyType(
         "comparison": _comparison,
     }
 )
-UNSEEN = ("copy", "comparison", "agreement")  # never part of the general rows
+UNSEEN = ("arithmetic", "copy", "comparison")  # never part of the general rows
 SEEN = tuple(skill for skill in GENERATORS if skill not in UNSEEN)
 
 

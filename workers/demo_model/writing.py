@@ -137,9 +137,9 @@ def _items(
     for skill, questions in asked.items():
         group = "seen" if skill in SEEN else "unseen" if skill in UNSEEN else "domain"
         for number, question in enumerate(questions):
-            yield {"id": f"{group}-{skill}-{kind}-{number:04d}"} | item(question) | {
-                "subject": skill
-            }
+            yield (
+                {"id": f"{group}-{skill}-{kind}-{number:04d}"} | item(question) | {"subject": skill}
+            )
 
 
 def _multiple_choice(question: Question) -> Json:
