@@ -1,21 +1,22 @@
 """An export job: one point of the line from base to tuned, measured and written as an artifact."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from app.domain.messages import ExportFinished
 from app.domain.policy import Policy
-from app.domain.runplan import ExportPlan
+from app.domain.runplan import ExportPlan, RunPlan
 from app.errors import TrainingFailed
-from workers.training.artifact import write_artifact
-from workers.training.blend import make_blend
+from workers.export.artifact import save_artifact
+from workers.training.blend import line_from_base
 from workers.training.build import (
     add_adapters,
     autocast_type,
     load_base,
     load_tokenizer,
-    lora_pairs,
 )
 from workers.training.checkpoints import load_weights
 from workers.training.conversation import Conversation
@@ -42,7 +43,7 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
     with torch.no_grad():
         for name, parameter in params.items():
             parameter.copy_(saved[name])
-    make_blend(params, lora_pairs(model), plan.base).apply(plan.alpha)
+    line_from_base(model, params, plan.base, is_lora=is_lora).set(plan.alpha)
     tokenizer = load_tokenizer(plan.base)
     student = SelectedLogits(model.eval(), autocast=autocast_type(plan.training, device))
     score = make_score(
@@ -54,15 +55,8 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
     )
     suite = Suite.read(plan.benchmarks, score, most_gate_items(Policy()))
     report = suite.packed(suite.measure("report"), "report")
-    directory = write_artifact(
-        model,
-        tokenizer,
-        Path(plan.scratch_directory) / f"artifact-a{plan.attempt}",
-        base=plan.base,
-        job_id=plan.job_id,
-        alpha=plan.alpha,
-        is_lora=is_lora,
-    )
+    directory = Path(plan.scratch_directory) / f"artifact-a{plan.attempt}"
+    write_artifact(plan, model, tokenizer, directory, alpha=plan.alpha)
     talk.ask(
         ExportFinished(
             id=talk.next_id(),
@@ -70,4 +64,29 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
             artifact_kind="adapter" if is_lora else "full",
             report=report,
         )
+    )
+
+
+def write_artifact(
+    plan: RunPlan | ExportPlan,
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401 - transformers has no types
+    directory: Path,
+    *,
+    alpha: float,
+) -> None:
+    """Writes the weights as they stand, with where they came from."""
+    save_artifact(
+        directory,
+        model,
+        tokenizer,
+        kind="adapter" if plan.training.type == "lora" else "full",
+        alpha=alpha,
+        provenance={
+            "job": plan.job_id,
+            "base_model": plan.base.name,
+            "base_sha256": plan.base.sha256,
+            "template": "built-in" if plan.base.default_template else "base",
+        },
+        chat_template=chat_template(plan.base),
     )

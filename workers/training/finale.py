@@ -10,14 +10,14 @@ from app.domain.benchmarks import BenchmarkKind, BenchmarkScores
 from app.domain.decisions import Verdict
 from app.domain.messages import DecisionReply, Finished, FrontierPoint, PublishTarget
 from app.domain.sensing import holds, read_report
-from workers.training.artifact import write_artifact
+from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import load_checkpoint
-from workers.training.session import Blend, Session
+from workers.training.exporting import write_artifact
+from workers.training.session import Session
 from workers.training.suite import Marks
 
 FRONTIER_POINTS = 11
 FRONTIER_ITEMS = 300  # gate items a benchmark and point
-ArtifactKind = Literal["adapter", "full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Point:
 def finish(session: Session, reply: DecisionReply) -> None:
     """Publishes what the last decision named, or says why nothing can be published."""
     run, talk, target = session.run, session.talk, reply.publish
-    kind: ArtifactKind = "adapter" if run.training.type == "lora" else "full"
+    kind: Literal["adapter", "full"] = "adapter" if run.training.type == "lora" else "full"
     result_csv = session.scratch / "result.csv"
     if run.ranks.is_speaker:
         write_result(session, result_csv)
@@ -84,25 +84,25 @@ def _publish(session: Session, target: PublishTarget) -> Outcome:
     has_regressed = policy is not None and (
         read_report(policy, suite.sensed(marks, "report")).verdict is Verdict.REGRESS
     )
-    blend = session.blend()
+    line = session.line()
     session.enter("frontier")
-    outcome.frontier = measure_frontier(session, blend)
+    outcome.frontier = measure_frontier(session, line)
     if has_regressed:
-        _shrink(session, blend, outcome)
-    blend.apply(outcome.alpha)
+        _shrink(session, line, outcome)
+    line.set(outcome.alpha)
     outcome.valid_loss = _finite(session.validate()[0])
     session.enter("exporting")
     outcome.artifact_directory = save_published(session, outcome.alpha)
     return outcome
 
 
-def measure_frontier(session: Session, blend: Blend) -> tuple[FrontierPoint, ...]:
+def measure_frontier(session: Session, line: Interpolation) -> tuple[FrontierPoint, ...]:
     """General and domain values at 11 points of the line, on gate items; empty where nothing is watched."""
     suite = session.suite
     points = []
     for k in range(FRONTIER_POINTS):
         alpha = k / (FRONTIER_POINTS - 1)
-        blend.apply(alpha)
+        line.set(alpha)
         marks = suite.measure("gate", at_most=FRONTIER_ITEMS)
         valid_loss = _finite(session.validate()[0])
         if not marks and valid_loss is None:
@@ -133,18 +133,18 @@ def _frontier_point(
     )
 
 
-def _shrink(session: Session, blend: Blend, outcome: Outcome) -> None:
+def _shrink(session: Session, line: Interpolation, outcome: Outcome) -> None:
     """Takes the point nearest to the tuned weights that holds on gate items, and tests it once on the report set."""
     suite, policy = session.suite, session.plan.policy
     outcome.alpha = 0.0
     for point in sorted(outcome.frontier, key=lambda p: -p.alpha):
         if policy is None or not 0.0 < point.alpha < 1.0:
             continue
-        blend.apply(point.alpha)
+        line.set(point.alpha)
         if holds(policy, suite.sensed(suite.measure("gate"), "gate")):
             outcome.alpha = point.alpha
             break
-    blend.apply(outcome.alpha)
+    line.set(outcome.alpha)
     marks = suite.measure("report")
     outcome.report = suite.packed(marks, "report")
     still_regresses = policy is not None and (
@@ -187,15 +187,7 @@ def save_published(session: Session, alpha: float) -> str:
         model = strategy.export(run.ctx, model)
     directory = session.scratch / f"artifact-a{plan.attempt}"
     if run.ranks.is_speaker:
-        write_artifact(
-            model,
-            session.tokenizer,
-            directory,
-            base=plan.base,
-            job_id=plan.job_id,
-            alpha=alpha,
-            is_lora=plan.training.type == "lora",
-        )
+        write_artifact(plan, model, session.tokenizer, directory, alpha=alpha)
     return str(directory)
 
 

@@ -12,7 +12,7 @@ from app.domain.runplan import BasePlan, BenchmarkPlan, RunPlan
 from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
 from workers.data.tokens import TokenStore, load_tokens
 from workers.evaluation.evaluate import evaluate, validation_loss
-from workers.training.blend import make_blend
+from workers.training.blend import line_from_base
 from workers.training.build import build_run, load_tokenizer
 from workers.training.conversation import Conversation
 from workers.training.forward import SelectedLogits, evaluating
@@ -63,7 +63,9 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
             plan.gate_items or most_gate_items(policy),
         ),
         validate=validate,
-        blend=lambda: make_blend(run.ctx.params, run.ctx.lora_pairs, plan.base),
+        line=lambda: line_from_base(
+            run.model, run.ctx.params, plan.base, is_lora=plan.training.type == "lora"
+        ),
         is_planned=is_planned(plan),
         eval_interval=first_interval(plan, run.ctx.num_training_rows),
         first_eval_step=1 if _interval_is_fixed(plan) else TIMED_STEPS + 1,

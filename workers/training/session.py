@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from app.domain.decisions import ControllerState
 from app.domain.messages import (
@@ -21,6 +21,7 @@ from app.domain.messages import (
 from app.domain.policy import Policy
 from app.domain.runplan import RunPlan
 from app.domain.sensing import holds, read_sensor
+from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import DiskFull, load_checkpoint, make_carry, save_checkpoint
 from workers.training.conversation import Conversation
 from workers.training.loop import Run
@@ -29,14 +30,6 @@ from workers.training.suite import Suite
 NOT_FINITE_LIMIT = 3  # such steps in a row end in an evaluation
 REPAIR_STEPS = 20  # the search's grid is alpha = k / 20
 RECENT_STEPS = 50  # behind the estimate of the remaining time
-
-
-class Blend(Protocol):
-    """The line from the base to the weights that a run had when it was made."""
-
-    def apply(self, alpha: float) -> None:
-        """Sets the run's weights to the point `alpha`: 0 is the base, 1 what they were, both exactly."""
-        ...
 
 
 @dataclass
@@ -49,7 +42,7 @@ class Session:
     tokenizer: Any
     suite: Suite
     validate: Callable[[], tuple[float | None, float | None]]  # nats per token, token accuracy
-    blend: Callable[[], Blend]
+    line: Callable[[], Interpolation]  # from the base to the weights of the call
     is_planned: bool  # the evaluation budget has chosen what the job left open
     eval_interval: int  # steps; 0: not chosen yet
     first_eval_step: (
@@ -235,17 +228,17 @@ def repair(session: Session) -> None:
     Where no point above the base holds, nothing is changed.
     """
     run, talk, policy = session.run, session.talk, session.plan.policy or Policy()
-    blend = session.blend()
+    line = session.line()
     tried: dict[str, float | None] = {}
     low, high = 0, REPAIR_STEPS  # low holds, or is the base; high does not
     while high - low > 1:
         middle = (low + high) // 2
-        blend.apply(middle / REPAIR_STEPS)
+        line.set(middle / REPAIR_STEPS)
         sensed = session.suite.sensed(session.suite.measure("gate"), "gate")
         tried[f"{middle / REPAIR_STEPS:g}"] = read_sensor(policy, sensed, look=1).drop
         low, high = (middle, high) if holds(policy, sensed) else (low, middle)
     alpha = low / REPAIR_STEPS if low else 1.0
-    blend.apply(alpha)
+    line.set(alpha)
     talk.ask(
         Repaired(id=talk.next_id(), branch=run.branch, step=run.step, alpha=alpha, tried=tried)
     )
