@@ -56,13 +56,13 @@ class RegistryRepository:
         """Names of the base models of versions, by the base's id."""
         ids = {version.base_model_id for version in versions}
         query = select(BaseModel.id, BaseModel.name).where(BaseModel.id.in_(ids))
-        return dict(self._session.execute(query).tuples().all())
+        return dict(self._session.execute(query).all())
 
     def parent_names(self, versions: list[ModelVersion]) -> dict[UUID, str]:
         """Names of the versions that versions started from, by the parent's id."""
         ids = {v.parent_version_id for v in versions if v.parent_version_id is not None}
         query = select(ModelVersion.id, ModelVersion.name).where(ModelVersion.id.in_(ids))
-        return dict(self._session.execute(query).tuples().all())
+        return dict(self._session.execute(query).all())
 
     def is_being_made(self, version: ModelVersion) -> bool:
         """Whether an export job that has not ended writes this version."""

@@ -70,7 +70,7 @@ class ResultRepository:
             .join(File, File.id == BenchmarkVersion.file_id)
             .where(BenchmarkVersion.id.in_(version_ids))
         )
-        return dict(self._session.execute(query).tuples().all())
+        return dict(self._session.execute(query).all())
 
 
 def _visible(project_id: UUID) -> Select[Evaluation]:
