@@ -110,7 +110,7 @@ def load_tokens(
         _save(path, built)
     store = _open(path)
     if not len(store):
-        lines = [line for finding in store.findings for line in finding.lines]
+        lines = sorted({line for finding in store.findings for line in finding.lines})
         listed = ", ".join(map(str, lines)) or "none"
         raise TrainingFailed(
             f"{param}: no row has a token to learn within {max_seq_length} tokens (lines {listed}"

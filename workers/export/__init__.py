@@ -1,0 +1,1 @@
+"""From a trained model to what is published: the line from base to tuned, merging, artifacts."""

@@ -1,0 +1,80 @@
+"""Merging an adapter into the base weights, checked against the change that the adapter makes."""
+
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from app.errors import TrainingFailed
+
+TOLERANCE_EPS: Final = 8.0  # roundings of the weight's own type, relative to its largest entry
+
+
+def adapted_layers(model: nn.Module, adapter: str, code: str) -> dict[str, Any]:
+    """The layers that a plain LoRA adapter changes, by name.
+
+    Raises:
+        TrainingFailed: There are none, or the adapter changes more than `scale * B @ A` (DoRA and other
+            variants, trained biases, whole modules); with the given code.
+    """
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        layer: Any = module
+        if adapter in getattr(layer, "modules_to_save", ()) or ():
+            _refuse(f"{name}: the adapter replaces this module", code)
+        if adapter not in getattr(layer, "lora_B", ()):
+            continue
+        if adapter in layer.lora_variant or layer.lora_bias[adapter]:
+            _refuse(f"{name}: the adapter is no plain LoRA", code)
+        layers[name] = layer
+    if not layers:
+        _refuse(f"the model has no adapter '{adapter}'", code)
+    config: Any = cast("Any", model).peft_config[adapter]
+    if config.bias != "none":
+        _refuse("the adapter trains biases", code)
+    return layers
+
+
+def adapter_change(layer: Any, adapter: str) -> Tensor:  # noqa: ANN401 - peft is untyped
+    """What an adapter adds to a layer's weight: scale * B @ A in float32, in the weight's own layout."""
+    lora_A, lora_B = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+    change: Tensor = (lora_B @ lora_A) * layer.scaling[adapter]
+    return change.T if layer.fan_in_fan_out else change
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, adapter: str = "default") -> nn.Module:
+    """The base model with the adapter in its weights; `model` itself is used up.
+
+    peft's merge is not trusted: every merged weight is compared with W + scale * B @ A, computed here.
+
+    Args:
+        model: A peft model whose only active adapter is `adapter`.
+        adapter: The adapter's name.
+
+    Raises:
+        TrainingFailed: The adapter is no plain LoRA, is merged already, or a merged weight isn't what it
+            should be; code `merge_failed`.
+    """
+    layers = adapted_layers(model, adapter, "merge_failed")
+    wanted: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if layer.merged or list(layer.active_adapters) != [adapter]:
+            _refuse(f"{name}: another adapter is active or merged", "merge_failed")
+        weight = layer.get_base_layer().weight
+        if weight.is_floating_point():
+            wanted[name] = weight.float() + adapter_change(layer, adapter)
+        else:
+            _refuse(f"{name}: the weight is quantised", "merge_failed")
+    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+    merged: nn.Module = cast("Any", model).merge_and_unload(safe_merge=True)
+    for name, layer in bases.items():
+        found = layer.weight
+        limit = TOLERANCE_EPS * torch.finfo(found.dtype).eps * float(wanted[name].abs().max())
+        if not bool(((found.float() - wanted[name]).abs() <= limit).all()):
+            _refuse(f"{name}: the merged weight is not base plus change", "merge_failed")
+    return merged
+
+
+def _refuse(problem: str, code: str) -> None:
+    raise TrainingFailed(f"adapter: {problem}", None, code)
