@@ -73,8 +73,8 @@ def store_checked(storage: Storage, new: NewFile, *, max_bytes: int) -> Iterator
         storage.delete(checked.stored.path)
 
 
-def add_file(session: Session, project_id: UUID, checked: CheckedFile) -> File:
-    """Adds the row of a checked file, in the caller's transaction."""
+def add_file(session: Session, project_id: UUID | None, checked: CheckedFile) -> File:
+    """Adds the row of a checked file, in the caller's transaction: the operator's when there is no project."""
     file = File(
         project_id=project_id,
         filename=checked.new.filename,
