@@ -20,7 +20,7 @@ def adapted_layers(model: nn.Module, adapter: str, code: str) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for name, module in model.named_modules():
         layer: Any = module
-        if adapter in getattr(layer, "modules_to_save", ()) or ():
+        if adapter in (getattr(layer, "modules_to_save", None) or ()):
             _refuse(f"{name}: the adapter replaces this module", code)
         if adapter not in getattr(layer, "lora_B", ()):
             continue
