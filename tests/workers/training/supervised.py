@@ -9,18 +9,22 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from app.domain.decisions import ControllerState
 from app.domain.messages import (
     DOWNWARD,
     UPWARD,
     Ack,
+    Carry,
     DecisionReply,
     Evaluated,
+    Order,
     OrderMessage,
     PublishTarget,
     RollBack,
     StopMessage,
+    Upward,
 )
 from app.domain.runplan import ResumePoint, RunPlan
 
@@ -35,7 +39,7 @@ class Committed:
     branch: int
     step: int
     decision: DecisionReply | None = None
-    carry: object = None
+    carry: Carry | None = None
     state: ControllerState | None = None
 
 
@@ -49,14 +53,17 @@ class Supervisor:
 
     plan: RunPlan
     scratch: Path
-    decide: Callable[["Supervisor", Evaluated], dict] = lambda _, e: {}
+    decide: Callable[["Supervisor", Evaluated], dict[str, Any]] = lambda _, e: {}
     committed: Committed | None = None
-    checkpoints: dict = field(default_factory=dict)  # (branch, step) -> directory
-    decisions: dict = field(default_factory=dict)
-    orders: dict = field(default_factory=dict)  # version -> Order as recorded
-    messages: list = field(default_factory=list)
+    checkpoints: dict[tuple[int, int], str] = field(
+        default_factory=dict
+    )  # (branch, step) -> directory
+    decisions: dict[tuple[int, int], DecisionReply] = field(default_factory=dict)
+    orders: dict[int, Order] = field(default_factory=dict)  # version -> Order as recorded
+    messages: list[tuple[int, Upward]] = field(default_factory=list)
     attempt: int = 0
     branch: int = 0
+    is_silent: bool = False  # gives no decision after the first
 
     def next_plan(self):
         """The plan of the next attempt, with everything known so far."""
@@ -100,7 +107,7 @@ class Supervisor:
         server.close()
         return code
 
-    def run_here(self, *, send_at=None):
+    def run_here(self, *, send_at=None, send_after=None):
         """Runs one attempt in this process, served by a thread; its exit code."""
         from workers.training.trainer import run_plan
 
@@ -112,7 +119,7 @@ class Supervisor:
         def answer():
             connection, _ = server.accept()
             try:
-                self.serve(connection, send_at=send_at)
+                self.serve(connection, send_at=send_at, send_after=send_after)
             except BaseException as error:  # shown by the test
                 problems.append(error)
                 raise
@@ -125,7 +132,7 @@ class Supervisor:
         assert not problems, problems
         return code
 
-    def serve(self, connection, *, kill=None, kill_at=None, send_at=None):
+    def serve(self, connection, *, kill=None, kill_at=None, send_at=None, send_after=None):
         """Answers until the trainer closes; `kill_at` and `send_at` look at each message first."""
         with connection, connection.makefile("rb") as lines:
             for line in lines:
@@ -139,6 +146,8 @@ class Supervisor:
                 reply = self.answer(message)
                 if reply is not None:
                     _send(connection, reply)
+                for extra in (send_after(message) if send_after is not None else None) or ():
+                    _send(connection, extra)
 
     def answer(self, message):
         """Records a message as the database would; the reply, where one is due."""
@@ -176,7 +185,7 @@ class Supervisor:
                 }
             )
         elif kind == "evaluated":
-            return self.record(message)
+            return None if self.is_silent and self.decisions else self.record(message)
         return Ack(reply_to=message.id)
 
     def record(self, message):
@@ -212,7 +221,7 @@ class Supervisor:
                 carry=message.carry,
                 state=reply.state,
             )
-        else:
+        elif self.committed is not None:
             self.committed.decision = reply
         return reply.model_copy(update={"reply_to": message.id})
 

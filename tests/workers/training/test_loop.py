@@ -2,14 +2,23 @@
 
 import itertools
 import math
+import multiprocessing
+import os
+import socket
 from collections import Counter
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from app.domain.strategies import DistillationConfig, EwcConfig, L2SpConfig, ReplayConfig
+from app.domain.strategies import (
+    DistillationConfig,
+    EwcConfig,
+    L2SpConfig,
+    ReplayConfig,
+    StrategyConfig,
+)
 from tests.workers.training.runs import (
     CPU,
     ListRows,
@@ -26,7 +35,7 @@ from workers.training.checkpoints import load_checkpoint, make_carry, save_check
 from workers.training.loop import train_step
 from workers.training.ranks import Ranks
 
-CASES = {
+CASES: dict[str, StrategyConfig] = {
     "ewc": EwcConfig(fisher_samples=24),
     "ewc_gradient": EwcConfig(fisher_samples=24, penalty_mode="gradient"),
     "l2sp": L2SpConfig(),
@@ -138,9 +147,10 @@ def gradients(run):
     return found
 
 
-def run_in_float64(scratch, name, kind, max_tokens, ranks=None):
+def run_in_float64(scratch, name, kind, max_tokens, ranks=None, base=None):
     training = {"max_tokens_per_micro_batch": max_tokens, "type": kind}
-    plan = make_plan(scratch, strategies=(CASES[name],) if name else (), training=training)
+    strategies = (CASES[name],) if name else ()
+    plan = make_plan(scratch, base=base, strategies=strategies, training=training)
     run = make_run(plan, dtype=torch.float64, ranks=ranks)
     run.spare_padding = None
     generator = torch.Generator().manual_seed(1)
@@ -151,18 +161,12 @@ def run_in_float64(scratch, name, kind, max_tokens, ranks=None):
 
 
 def rank_gradients(rank, port, scratch, base, names, results):
-    import os
-
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
     )
-    from tests.workers.training import runs
-
-    runs.tiny_base = lambda: base
     ranks = Ranks.join(CPU)
     for name, kind in names:
-        # two micro-batches a rank or fewer: rows of unequal length
-        run = run_in_float64(scratch, name, kind, 120, ranks)
+        run = run_in_float64(scratch, name, kind, 120, ranks, base=base)
         results[rank, name, kind] = {k: v.numpy() for k, v in gradients(run).items()}
     ranks.leave()
 
@@ -180,16 +184,14 @@ def scratch_g4(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(scratch_g4):
     """Gradients of every case on two processes."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     names = [(name, kind) for name in (None, *CASES) for kind in KINDS]
-    with mp.Manager() as manager:
+    with multiprocessing.Manager() as manager:
         results = manager.dict()
         arguments = (port, str(scratch_g4), str(tiny_base()), names, results)
-        mp.spawn(rank_gradients, arguments, nprocs=2)
+        spawn(rank_gradients, arguments, nprocs=2)
         return dict(results)
 
 
@@ -259,14 +261,14 @@ def test_the_step_is_the_mean_over_its_supervised_tokens(tmp_path):
     plan = make_plan(tmp_path, training={"max_tokens_per_micro_batch": 60})
     run = make_run(plan, dtype=torch.float64)
     drawn = make_run(plan, dtype=torch.float64).sampler.draw(run.streams)
-    total, count = 0.0, 0.0
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
     for row in drawn:  # by transformers' own forward, one row at a time, whole logits
         ids, token_weights = run.stores["training"].row(row.row)
         ids = torch.from_numpy(ids.astype("int64"))
         logits = run.model(input_ids=ids[None]).logits[0, :-1]
         losses = F.cross_entropy(logits, ids[1:], reduction="none")
         mask = torch.from_numpy(token_weights[1:].astype("float64"))
-        total, count = total + (losses * mask).sum(), count + mask.sum()
+        total, count = total + (losses * mask).sum(), count + float(mask.sum())
     expected = torch.autograd.grad(total / count, list(run.ctx.params.values()))
     found = gradients(run)
     for gradient, right in zip(found.values(), expected, strict=True):
