@@ -16,6 +16,7 @@ from app.services.ciphers import load_cipher
 from app.services.logs import configure_logging
 from app.services.storage import Storage
 from app.settings import Settings, load_settings
+from app.web import build_router
 
 #: One process serves so many requests at once from threads; each holds at most one connection.
 POOL_SIZE = 15
@@ -50,6 +51,8 @@ def create_app(
     install_error_handlers(app)
     for noun in (files, jobs, models, benchmarks, results, webhooks, health):
         app.include_router(noun.router)
+    app.include_router(build_router())
+    app.include_router(build_router())
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_json_bytes,

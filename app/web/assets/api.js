@@ -2,6 +2,7 @@
 
 const KEY = "retain.key";
 const PAGE = 100;
+const MOST_PAGES = 30;
 const TERMINAL = new Set(["succeeded", "failed", "cancelled"]);
 
 export const key = {
@@ -33,7 +34,7 @@ async function request(path, signal) {
 }
 
 const getJson = async (path, signal) => (await request(path, signal)).json();
-const rowsOf = (body) => (Array.isArray(body) ? body : body?.data ?? []);
+const rowsOf = (body) => body.data ?? [];
 const id = encodeURIComponent;
 
 /** A page of jobs, newest first: { jobs, hasMore }. */
@@ -55,15 +56,9 @@ export async function listModels(signal) {
   return rowsOf(await getJson("/models", signal));
 }
 
-/** The frontier's points, or none where none was measured (404 or 409). */
+/** The line from base to tuned as measured at the job's end; empty before. */
 export async function listFrontier(jobId, signal) {
-  try {
-    const body = await getJson(`/fine_tuning/jobs/${id(jobId)}/frontier`, signal);
-    return body.points ?? body.frontier ?? rowsOf(body);
-  } catch (problem) {
-    if (problem instanceof ApiError && [404, 409].includes(problem.status)) return [];
-    throw problem;
-  }
+  return rowsOf(await getJson(`/fine_tuning/jobs/${id(jobId)}/frontier`, signal));
 }
 
 export async function downloadFile(fileId) {
@@ -73,7 +68,8 @@ export async function downloadFile(fileId) {
 /**
  * Follows a list that grows at its head: the first call reads all of it, later ones what is new.
  *
- * With `isMutable` all rows are read each time, as old ones change too (a checkpoint becomes superseded).
+ * With `isMutable` all rows are read each time, as old ones change too (a checkpoint becomes superseded). Of a list
+ * of more than 3,000 rows the oldest are left out. Calls must not overlap.
  */
 export function follow(path, { isMutable = false } = {}) {
   let known = [];
@@ -81,7 +77,7 @@ export function follow(path, { isMutable = false } = {}) {
     const seen = new Set(isMutable ? [] : known.map((row) => row.id));
     const fresh = [];
     let after = null;
-    for (;;) {
+    for (let page = 0; page < MOST_PAGES; page += 1) {
       const body = await getJson(`${path}?limit=${PAGE}${after ? `&after=${id(after)}` : ""}`, signal);
       const rows = rowsOf(body);
       const unseen = rows.filter((row) => !seen.has(row.id));
@@ -98,81 +94,48 @@ export function follow(path, { isMutable = false } = {}) {
 
 /** A job with the fields under the names that the pages use; durations in seconds, ratios 0 to 1. */
 export function readJob(job) {
-  const progress = job.progress ?? {};
-  const totalSteps = progress.total_steps ?? null;
-  const step = progress.step ?? null;
+  const { step, total_steps: totalSteps, phase, seconds_remaining: left } = job.progress;
   const isOver = TERMINAL.has(job.status);
-  const began = job.started_at ?? job.created_at;
-  const asked = job.retention?.strategies;
+  const until = isOver ? job.finished_at : Date.now() / 1000;
   return {
     id: job.id,
-    name: job.user_provided_suffix ?? job.suffix ?? null,
+    name: job.user_provided_suffix,
     status: job.status,
+    stopRequested: job.stop_requested,
     isOver,
     model: job.model,
-    fineTunedModel: job.fine_tuned_model ?? null,
+    fineTunedModel: job.fine_tuned_model,
     createdAt: job.created_at,
-    finishedAt: job.finished_at ?? null,
-    seconds: job.status === "queued" || job.status === "validating_files" ? null : (isOver ? job.finished_at : Date.now() / 1000) - began,
+    seconds: job.started_at ? Math.max(Math.round(until - job.started_at), 0) : null,
     step,
     totalSteps,
-    share: job.status === "succeeded" ? 1 : totalSteps && step !== null ? Math.min(step / totalSteps, 1) : null,
-    phase: progress.phase ?? null,
-    secondsRemaining: isOver ? null : progress.seconds_remaining ?? null,
-    branch: progress.branch ?? 0,
+    share: job.status === "succeeded" ? 1 : totalSteps ? Math.min(step / totalSteps, 1) : null,
+    phase,
+    secondsRemaining: isOver ? null : left,
     isOff: job.retention === null,
-    strategies: Array.isArray(job.strategies) ? job.strategies : Array.isArray(asked) ? asked : [],
-    strategiesWhy: job.strategies_why ?? job.retention?.strategies_why ?? null,
-    policy: job.retention?.policy ?? null,
-    report: readReport(job),
-    trainedTokens: job.trained_tokens ?? progress.trained_tokens ?? null,
-    hyperparameters: job.hyperparameters ?? {},
-    training: job.training ?? null,
-    resultFiles: job.result_files ?? [],
-    error: job.error && job.error.message ? job.error : null,
-    warnings: (job.warnings ?? []).map((warning) => (typeof warning === "string" ? warning : warning.message ?? JSON.stringify(warning))),
+    strategies: job.retention?.strategies ?? [],
+    strategiesWhy: job.strategies_why,
+    maxDrop: job.retention?.policy?.max_drop ?? null,
+    report: job.report && { ...job.report, reading: job.report.verdict ? readReading(job.report.verdict) : null },
+    trainedTokens: job.trained_tokens,
+    resultFiles: job.result_files,
+    error: job.error,
+    warnings: job.warnings.map((warning) => warning.message),
   };
-}
-
-function readReport(job) {
-  const report = job.report ?? job.retention?.report ?? job.retention_report ?? null;
-  const reading = report?.reading ?? report?.verdict ?? job.verdict ?? null;
-  if (reading === null) return null;
-  return typeof reading === "object" ? readReading(reading) : readReading({ ...report, verdict: reading });
 }
 
 /** A reading's numbers; drops as ratios. */
-export function readReading(reading) {
-  return {
-    verdict: reading.verdict ?? null,
-    drop: reading.drop ?? null,
-    lower: reading.lower ?? null,
-    upper: reading.upper ?? null,
-    limit: reading.limit ?? reading.max_drop ?? null,
-    benchmarks: reading.benchmarks ?? [],
-  };
+export function readReading({ verdict, drop, lower, upper, limit, benchmarks }) {
+  return { verdict, drop, lower, upper, limit, benchmarks: benchmarks ?? [] };
 }
 
-/** A decision with its reading and what it turned. */
+/** A decision with its reading, and the coefficients before and after it. */
 export function readDecision(decision) {
-  const look = decision.evidence?.look;
+  const { id: decisionId, branch, step, origin, action, reason, before, after } = decision;
   return {
-    id: decision.id,
-    createdAt: decision.created_at ?? null,
-    branch: decision.branch ?? 0,
-    step: decision.step,
-    look: decision.look ?? null,
-    action: decision.action,
-    code: decision.code ?? null,
-    reason: decision.reason ?? "",
-    lever: decision.lever ?? null,
-    origin: decision.origin ?? "run",
-    before: decision.before ?? null,
-    after: decision.after ?? null,
-    target: decision.target_checkpoint_id ?? decision.target_checkpoint ?? null,
-    targetStep: decision.target_step ?? decision.rolled_back_to_step ?? null,
-    validLoss: decision.valid_loss ?? look?.valid_loss ?? null,
-    reading: readReading(decision.reading ?? look?.reading ?? { ...decision.trigger, ...decision }),
+    id: decisionId, branch, step, origin, action, reason, before, after,
+    target: decision.target_checkpoint_id,
+    reading: readReading(decision.reading),
   };
 }
 

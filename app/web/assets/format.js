@@ -8,13 +8,6 @@ export function percent(ratio, digits = 1) {
   return isNumber(ratio) ? `${minus((ratio * 100).toFixed(digits))} %` : DASH;
 }
 
-/** The same with its sign, for drops: +3.1 % is a loss of ability. */
-export function signedPercent(ratio, digits = 1) {
-  if (!isNumber(ratio)) return DASH;
-  const text = (ratio * 100).toFixed(digits);
-  return `${Number(text) > 0 ? "+" : ""}${minus(text)} %`;
-}
-
 /** An interval of ratios: "1.0 to 4.2 %". */
 export function interval(lower, upper) {
   if (!isNumber(lower) && !isNumber(upper)) return "";

@@ -2,8 +2,8 @@
 
 import { downloadFile, follow, getJob, listFrontier, readDecision, readLosses } from "./api.js";
 import { chip, el, emptyState, panel, table } from "./elements.js";
-import { DASH, VERDICT_MEANING, clock, count, duration, interval, moment, number, percent, signedPercent, tone, words } from "./format.js";
-import { dropCell, progressBar, strategyList, verdictChip } from "./jobs.js";
+import { DASH, RETENTION_MEANING, VERDICT_MEANING, clock, count, duration, interval, moment, number, percent, tone, words } from "./format.js";
+import { dropCell, progressBar, statusChip, strategyList, verdictChip } from "./jobs.js";
 import { dropChart, frontierChart, lossChart } from "./plots.js";
 
 /** The page `#/jobs/<id>`: { title, load(signal) -> panels }. */
@@ -31,7 +31,7 @@ export function jobPage(jobId, refresh, report) {
 }
 
 function withTarget(decision, checkpoints) {
-  if (decision.action !== "roll_back" || decision.targetStep !== null) return decision;
+  if (decision.action !== "roll_back") return decision;
   const found = checkpoints.find((c) => c.id === decision.target);
   return { ...decision, targetStep: found?.step_number ?? 0 }; // without a checkpoint the target is the base
 }
@@ -40,31 +40,32 @@ function panelsOf({ job, decisions, checkpoints, events, frontier, view, toggle,
   const losses = readLosses(events);
   const lines = view.metrics ? events : events.filter((event) => event.type !== "metrics");
   const latest = decisions[0] ?? null;
-  const limit = latest?.reading.limit ?? job.policy?.max_drop ?? null;
+  const limit = latest?.reading.limit ?? job.maxDrop;
   const panels = [
     panel("summary", null, [job, latest], () => showSummary(job, latest, report)),
-    panel("drop", "General ability", [decisions, job.isOff], () => showDrop(job, decisions, limit)),
-    panel("loss", "Loss", losses, () => showLoss(job, losses)),
+    panel("drop", "General ability", [decisions, job.isOver], () => showDrop(job, decisions, limit)),
+    panel("loss", "Loss", [losses, job.isOver], () => showLoss(job, losses)),
   ];
-  const alpha = frontier.find((point) => point.is_published)?.alpha ?? null;
-  if (frontier.length) panels.push(panel("frontier", "From base to tuned", frontier, () => showFrontier(frontier, alpha)));
+  const alpha = job.fineTunedModel ? job.report?.alpha ?? null : null;
+  if (frontier.length) panels.push(panel("frontier", "From base to tuned", [frontier, alpha], () => showFrontier(frontier, alpha)));
   if (latest?.reading.benchmarks.length) panels.push(panel("benchmarks", "Latest look, by benchmark", latest.reading, () => showBenchmarks(latest)));
   panels.push(
-    panel("decisions", "Decisions", decisions, () => showDecisions(decisions, job)),
-    panel("checkpoints", "Checkpoints", checkpoints, () => showCheckpoints(checkpoints)),
+    panel("decisions", "Decisions", [decisions, job.isOver], () => showDecisions(decisions, job)),
+    panel("checkpoints", "Checkpoints", [checkpoints, job.isOver], () => showCheckpoints(checkpoints, job)),
     panel("events", "Log", [lines, view.metrics], () => showEvents(lines, view, toggle)));
   return panels;
 }
 
 function showSummary(job, latest, report) {
-  const reading = job.report ?? latest?.reading ?? null;
+  const reading = job.report?.reading ?? latest?.reading ?? null;
   const facts = [
     ["Progress", progressBar(job)],
     ["Phase", job.isOver || !job.phase ? null : words(job.phase)],
     ["Remaining", job.secondsRemaining === null ? null : duration(job.secondsRemaining)],
     ["Duration", job.seconds === null ? null : duration(job.seconds)],
-    [job.report ? "General drop, report set" : "General drop, latest look", reading?.drop == null ? null : dropCell(reading)],
+    [job.report?.reading ? "General drop, report set" : "General drop, latest look", reading?.drop == null ? null : dropCell(reading)],
     ["Verdict", reading?.verdict ? [verdictChip(job, reading), el("span", { class: "sub" }, VERDICT_MEANING[reading.verdict] ?? "")] : null],
+    ["Retention", job.report?.retention ? [chip(words(job.report.retention), tone(job.report.retention)), el("span", { class: "sub" }, RETENTION_MEANING[job.report.retention])] : null],
     ["Strategies", strategyList(job, latest?.after?.strengths)],
     ["Learning rate", latest?.after && latest.after.learning_rate_scale !== 1 ? `× ${number(latest.after.learning_rate_scale)} of the planned rate` : null],
     ["Base model", el("span", { class: "wrap" }, job.model)],
@@ -76,8 +77,8 @@ function showSummary(job, latest, report) {
     el("div", { class: "headline" },
       el("div", {}, el("p", { class: "crumb" }, el("a", { href: "#/jobs", "data-focus": "back" }, "← All jobs")),
         el("h1", {}, job.name ?? job.id), el("p", { class: "sub mono wrap" }, job.id)),
-      el("div", { class: "headline-side" }, chip(words(job.status), tone(job.status)),
-        job.resultFiles.map((file) => resultButton(file, job, report)))),
+      el("div", { class: "headline-side" }, statusChip(job),
+        job.resultFiles.map((fileId) => resultButton(fileId, job, report)))),
     job.error ? el("div", { class: "callout bad" }, el("b", {}, words(job.error.code)), " ", job.error.message, job.error.param ? ` (${job.error.param})` : "") : null,
     job.warnings.length ? el("ul", { class: "callout warn" }, job.warnings.map((text) => el("li", {}, text))) : null,
     el("dl", { class: "facts" }, facts.filter(([, value]) => value !== null).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
@@ -86,8 +87,7 @@ function showSummary(job, latest, report) {
 }
 
 /** The file needs the key, which a plain link cannot carry: it is fetched, then saved from memory. */
-function resultButton(file, job, report) {
-  const fileId = typeof file === "string" ? file : file.id;
+function resultButton(fileId, job, report) {
   const save = async () => {
     try {
       const address = URL.createObjectURL(await downloadFile(fileId));
@@ -103,7 +103,7 @@ function resultButton(file, job, report) {
 function showDrop(job, decisions, limit) {
   if (job.isOff) return emptyState("Retention is off for this job.", "General ability is not measured, so no drop can be shown. Leave ", el("code", {}, "retention"), " out of the request to watch it.");
   const measured = decisions.filter((d) => d.reading.drop !== null);
-  if (!measured.length) return emptyState("Nothing measured yet.", job.isOver ? "The job ended before its first evaluation, or its base model has no benchmarks; the log says which." : "The first point appears at the first evaluation.");
+  if (!measured.length) return emptyState(job.isOver ? "Nothing was measured." : "Nothing measured yet.", job.isOver ? "The job ended before its first evaluation, or its base model has no benchmarks; the log says which." : "The first point appears at the first evaluation.");
   return [
     el("p", { class: "sub" }, "Relative drop of the general mean against the base model, with its interval; lower is better."),
     dropChart(measured, limit),
@@ -111,7 +111,7 @@ function showDrop(job, decisions, limit) {
 }
 
 function showLoss(job, losses) {
-  if (!losses.train.length && !losses.valid.length) return emptyState("No losses yet.", job.isOver ? "The job ended before its first step." : "They appear once training has begun.");
+  if (!losses.train.length && !losses.valid.length) return emptyState(job.isOver ? "No losses." : "No losses yet.", job.isOver ? "The job ended before its first step." : "They appear once training has begun.");
   return [el("p", { class: "sub" }, "Nats per supervised token; lower is better."), lossChart(losses)];
 }
 
@@ -137,16 +137,16 @@ function showBenchmarks(decision) {
     { label: "Items", numeric: true, cell: (b) => [count(b.n_items), b.paired === false ? el("span", { class: "sub" }, "unpaired") : null] },
     { label: "Base", numeric: true, cell: (b) => value(b, "baseline") },
     { label: "Now", numeric: true, cell: (b) => value(b, "value") },
-    { label: "Change", numeric: true, cell: (b) => (isLoss(b)
+    { label: "Loss of ability", numeric: true, cell: (b) => (isLoss(b)
       ? [el("b", {}, b.drop === null ? DASH : `${number(b.drop, 3)} nats`), el("span", { class: "sub" }, b.lower === null ? "" : `${number(b.lower, 3)} to ${number(b.upper, 3)}`)]
-      : [el("b", {}, signedPercent(b.drop)), el("span", { class: "sub" }, interval(b.lower, b.upper))]) },
+      : [el("b", {}, percent(b.drop)), el("span", { class: "sub" }, interval(b.lower, b.upper))]) },
     { label: "Verdict", cell: (b) => chip(words(b.verdict), tone(b.verdict)) },
   ];
-  return [el("p", { class: "sub" }, `Step ${decision.step}, branch ${decision.branch}. A positive change is a loss of ability.`), table("Benchmarks of the latest look", columns, decision.reading.benchmarks)];
+  return [el("p", { class: "sub" }, `Step ${decision.step}, branch ${decision.branch}. Of a text benchmark (nll) the loss is the rise in nats per token.`), table("Benchmarks of the latest look", columns, decision.reading.benchmarks)];
 }
 
 function showDecisions(decisions, job) {
-  if (!decisions.length) return emptyState("No decisions yet.", job.isOff ? "Nothing is decided while retention is off." : "One is made at every evaluation.");
+  if (!decisions.length) return emptyState(job.isOver ? "No decisions." : "No decisions yet.", job.isOff ? "Nothing is decided while retention is off." : "One is made at every evaluation.");
   const columns = [
     { label: "Step", numeric: true, cell: (d) => [el("b", {}, count(d.step)), el("span", { class: "sub" }, `branch ${d.branch}`)] },
     { label: "Action", cell: (d) => chip(words(d.action), tone(d.action)) },
@@ -171,13 +171,13 @@ function changes(decision) {
   return found.length ? el("ul", { class: "strategies" }, found.map((text) => el("li", {}, text))) : el("span", { class: "muted" }, DASH);
 }
 
-function showCheckpoints(checkpoints) {
-  if (!checkpoints.length) return emptyState("No checkpoints yet.", "One is saved at every evaluation.");
+function showCheckpoints(checkpoints, job) {
+  if (!checkpoints.length) return emptyState(job.isOver ? "No checkpoints." : "No checkpoints yet.", "One is saved at every evaluation.");
   const columns = [
-    { label: "Step", numeric: true, cell: (c) => [el("b", {}, count(c.step_number)), c.branch === undefined ? null : el("span", { class: "sub" }, `branch ${c.branch}`)] },
-    { label: "State", cell: (c) => [c.status ? chip(words(c.status), tone(c.status)) : DASH, c.superseded ? [" ", chip("superseded", "calm")] : null] },
-    { label: "Validation loss", numeric: true, cell: (c) => number(c.metrics?.valid_loss ?? c.metrics?.full_valid_loss) },
-    { label: "Training loss", numeric: true, cell: (c) => number(c.metrics?.train_loss) },
+    { label: "Step", numeric: true, cell: (c) => [el("b", {}, count(c.step_number)), el("span", { class: "sub" }, `branch ${c.branch}`)] },
+    { label: "State", cell: (c) => [chip(words(c.status), tone(c.status)), c.superseded ? [" ", chip("superseded", "calm")] : null] },
+    { label: "Validation loss", numeric: true, cell: (c) => number(c.metrics.full_valid_loss ?? c.metrics.valid_loss) },
+    { label: "Training loss", numeric: true, cell: (c) => number(c.metrics.train_loss) },
     { label: "Saved", cell: (c) => moment(c.created_at) },
     { label: "Id", cell: (c) => el("span", { class: "mono wrap small" }, c.id) },
   ];

@@ -2,7 +2,7 @@
 
 import { ApiError, latestDecision, listJobs } from "./api.js";
 import { chip, el, emptyState, panel, table } from "./elements.js";
-import { DASH, VERDICT_MEANING, duration, interval, moment, number, percent, signedPercent, tone, words } from "./format.js";
+import { DASH, VERDICT_MEANING, duration, interval, moment, number, percent, tone, words } from "./format.js";
 
 const STEP = 20;
 const MOST = 100;
@@ -42,13 +42,13 @@ function showJobs(rows, more) {
       el("code", {}, "client.fine_tuning.jobs.create(…)"), " against this server's ", el("code", {}, "/v1"), ".");
   }
   const columns = [
-    { label: "Job", cell: ({ job }) => [jobLink(job), el("span", { class: "sub mono" }, shortId(job.id))] },
+    { label: "Job", cell: ({ job }) => [jobLink(job), job.name ? el("span", { class: "sub mono" }, shortId(job.id)) : null] },
     { label: "Model", cell: ({ job }) => el("span", { class: "wrap" }, job.model) },
-    { label: "Status", cell: ({ job }) => chip(words(job.status), tone(job.status)) },
+    { label: "Status", cell: ({ job }) => statusChip(job) },
     { label: "Progress", cell: ({ job }) => progressBar(job) },
     { label: "Strategies", cell: ({ job, decision }) => strategyList(job, decision?.after?.strengths) },
-    { label: "General drop", numeric: true, cell: ({ job, decision }) => dropCell(job.report ?? decision?.reading) },
-    { label: "Verdict", cell: ({ job, decision }) => verdictChip(job, job.report ?? decision?.reading) },
+    { label: "General drop", numeric: true, cell: ({ job, decision }) => dropCell(job.report?.reading ?? decision?.reading) },
+    { label: "Verdict", cell: ({ job, decision }) => verdictChip(job, job.report?.reading ?? decision?.reading) },
     { label: "Duration", numeric: true, cell: ({ job }) => [duration(job.seconds), el("span", { class: "sub" }, moment(job.createdAt))] },
   ];
   return [
@@ -63,10 +63,16 @@ function jobLink(job) {
   return el("a", { href: `#/jobs/${encodeURIComponent(job.id)}`, "data-focus": job.id, title: job.id }, job.name ?? shortId(job.id));
 }
 
+/** The state, with what was asked of the job since. */
+export function statusChip(job) {
+  const asked = job.stopRequested && !job.isOver ? el("span", { class: "sub" }, `${job.stopRequested} requested`) : null;
+  return el("div", {}, chip(words(job.status), tone(job.status)), asked);
+}
+
 /** Steps done, with the phase and the remaining time while the job runs. */
 export function progressBar(job) {
   if (job.share === null) return el("span", { class: "muted" }, job.phase ? words(job.phase) : DASH);
-  const steps = job.totalSteps ? `${job.step ?? 0} / ${job.totalSteps} steps` : percent(job.share, 0);
+  const steps = job.totalSteps ? `${job.step} / ${job.totalSteps} steps` : percent(job.share, 0);
   const left = job.secondsRemaining === null ? null : `${duration(job.secondsRemaining)} left`;
   return el("div", { class: "progress" },
     el("progress", { max: 1, value: job.share, "aria-label": `Progress of ${job.name ?? job.id}` }),
@@ -91,7 +97,7 @@ export function strategyList(job, inForce) {
 export function dropCell(reading) {
   if (!reading || reading.drop === null) return el("span", { class: "muted" }, DASH);
   return [
-    el("b", {}, signedPercent(reading.drop)),
+    el("b", {}, percent(reading.drop)),
     el("span", { class: "sub" }, interval(reading.lower, reading.upper)),
   ];
 }

@@ -10,8 +10,8 @@ export function modelsPage() {
     title: "Models",
     async load(signal) {
       const models = await listModels(signal);
-      const isVersion = (model) => Boolean(model.parent) || model.id.startsWith("ft:");
-      const [versions, bases] = [models.filter(isVersion), models.filter((model) => !isVersion(model))];
+      const isBase = (model) => model.kind === "base";
+      const [versions, bases] = [models.filter((model) => !isBase(model)), models.filter(isBase)];
       return [
         panel("versions", "Published versions", versions, () => showVersions(versions)),
         panel("bases", "Base models", bases, () => showBases(bases)),
@@ -23,12 +23,12 @@ export function modelsPage() {
 function showVersions(models) {
   if (!models.length) return emptyState("No versions published yet.", "A job that succeeds publishes one; ", el("a", { href: "#/jobs" }, "the jobs"), " show how far they are.");
   const columns = [
-    { label: "Version", cell: (m) => [el("span", { class: "mono wrap" }, m.id), (m.aliases ?? []).length ? el("span", { class: "sub" }, m.aliases.map((a) => (typeof a === "string" ? a : a.name)).join(", ")) : null] },
+    { label: "Version", cell: (m) => [el("span", { class: "mono wrap" }, m.id), m.fine_tuning_job_id ? el("a", { class: "sub", href: `#/jobs/${encodeURIComponent(m.fine_tuning_job_id)}`, "data-focus": m.id }, "its job") : null] },
     { label: "Retention", cell: (m) => retention(m) },
-    { label: "Status", cell: (m) => (m.status ? chip(words(m.status), tone(m.status)) : DASH) },
+    { label: "Status", cell: (m) => chip(words(m.status), tone(m.status)) },
     { label: "Kind", cell: (m) => words(m.kind) },
     { label: "Of the way", numeric: true, cell: (m) => percent(m.alpha, 0) },
-    { label: "Tuned from", cell: (m) => el("span", { class: "wrap" }, m.parent ?? m.root ?? DASH) },
+    { label: "Tuned from", cell: (m) => el("span", { class: "wrap" }, m.parent ?? m.root) },
     { label: "Published", cell: (m) => moment(m.created) },
   ];
   return table("Published model versions", columns, models);
@@ -43,7 +43,7 @@ function showBases(models) {
   if (!models.length) return emptyState("No base model is registered.", "An operator adds one with ", el("code", {}, "retain models add NAME SOURCE"), " on the server, or the demo model with ", el("code", {}, "retain models build-demo NAME"), ".");
   const columns = [
     { label: "Name", cell: (m) => el("span", { class: "mono wrap" }, m.id) },
-    { label: "Owner", cell: (m) => m.owned_by ?? DASH },
+    { label: "Owner", cell: (m) => m.owned_by },
     { label: "Registered", cell: (m) => moment(m.created) },
   ];
   return table("Base models", columns, models);

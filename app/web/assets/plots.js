@@ -1,7 +1,7 @@
 // The three charts of a job, described for charts.js.
 
 import { branchClass, responsiveChart } from "./charts.js";
-import { interval, number, percent, signedPercent, words } from "./format.js";
+import { interval, number, percent, words } from "./format.js";
 
 const byStep = (a, b) => a.step - b.step;
 
@@ -43,7 +43,7 @@ function dropPoint(decision) {
   return {
     x: decision.step, y: drop, lower, upper,
     mark: decision.action === "roll_back" ? "↩" : null,
-    text: `Step ${decision.step}, branch ${decision.branch}: ${signedPercent(drop)} (${interval(lower, upper)}), ${words(verdict)} → ${words(decision.action)}`,
+    text: `Step ${decision.step}, branch ${decision.branch}: ${percent(drop)} (${interval(lower, upper)}), ${words(verdict)} → ${words(decision.action)}`,
   };
 }
 
