@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 StateDict = dict[str, Any]
+TALLY_INTERVAL = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,25 @@ class Micro:
         rows_B = torch.tensor([s in names for s in self.sources], device=self.row_of_N.device)
         return rows_B[self.row_of_N]
 
-    def single_rows(self) -> "Iterator[Micro]":
-        """Each row alone, without what follows its last supervised position."""
+    def split(self, num_rows: int) -> "Iterator[Micro]":
+        """Parts of so many rows, without the columns behind their last supervised position."""
         width = self.input_ids_BT.shape[1]
-        for row in range(self.input_ids_BT.shape[0]):
-            own = self.row_of_N == row
-            columns_N = self.positions_N[own] - row * width
-            length = int(columns_N.max()) + 1 if columns_N.numel() else 1
+        for start in range(0, len(self.sources), num_rows):
+            rows = slice(start, start + num_rows)
+            own = (self.row_of_N >= start) & (self.row_of_N < start + num_rows)
+            row_of_N = self.row_of_N[own] - start
+            columns_N = self.positions_N[own] % width
+            new_width = int(columns_N.max()) + 1 if columns_N.numel() else 1
             yield replace(
                 self,
-                input_ids_BT=self.input_ids_BT[row : row + 1, :length],
-                positions_N=columns_N,
+                input_ids_BT=self.input_ids_BT[rows, :new_width],
+                positions_N=row_of_N * new_width + columns_N,
                 targets_N=self.targets_N[own],
-                row_of_N=torch.zeros_like(columns_N),
+                row_of_N=row_of_N,
                 weights_N=self.weights_N[own],
-                sources=self.sources[row : row + 1],
-                sample_ids=self.sample_ids[row : row + 1],
-                is_task_B=self.is_task_B[row : row + 1],
+                sources=self.sources[rows],
+                sample_ids=self.sample_ids[rows],
+                is_task_B=self.is_task_B[rows],
             )
 
 
@@ -140,27 +143,40 @@ class Cost:
 
 @dataclass
 class Tally:
-    """What a quadratic penalty did in a step; tensors stay on their device until they are read."""
+    """What a quadratic penalty does in a step, measured every tenth step: it costs as much as the step.
+
+    Steps 0 and 1 are measured, too: at step 0 a gradient's pull is still 0. Tensors stay on their device until they are read.
+    """
 
     squared_norms: list[Tensor] = field(default_factory=list)
     penalties: list[Tensor] = field(default_factory=list)
     capped: list[Tensor] = field(default_factory=list)  # 1 for a block whose cap bound, else 0
+    last: dict[str, float] = field(default_factory=dict)  # of the last measured step
 
-    def clear(self) -> None:
-        """Forgets the step before."""
-        self.squared_norms.clear()
-        self.penalties.clear()
-        self.capped.clear()
+    def begin(self, step: int, strength: float) -> "Tally | None":
+        """The tally to fill in during this step; None in steps that are not measured."""
+        self.read()
+        if strength <= 0:
+            self.last = {}
+            return None
+        return self if not self.last or step % TALLY_INTERVAL == 1 else None
 
     def read(self) -> dict[str, float]:
         """`applied_norm`, `penalty` and, where blocks can be capped, `capped_share`."""
-        values = {
-            "applied_norm": _total(self.squared_norms) ** 0.5,
-            "penalty": _total(self.penalties),
-        }
-        if self.capped:
-            values["capped_share"] = _total(self.capped) / len(self.capped)
-        return values
+        if self.squared_norms:
+            self.last = {
+                "applied_norm": _total(self.squared_norms) ** 0.5,
+                "penalty": _total(self.penalties),
+            }
+            if self.capped:
+                self.last["capped_share"] = _total(self.capped) / len(self.capped)
+            self.squared_norms, self.penalties, self.capped = [], [], []
+        return self.last or {"applied_norm": 0.0, "penalty": 0.0}
+
+    def save(self) -> dict[str, float]:
+        """What a resumed run needs to measure the same steps."""
+        self.read()
+        return dict(self.last)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from workers.strategies.base import Pull, Tally
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
-CHUNK_ELEMENTS = 1 << 15  # on a CPU: the operands of one element-wise pass stay in its cache
+CHUNK_ELEMENTS = 1 << 18  # on a CPU: temporaries stay in its cache, and few calls are made
 CHUNK_ELEMENTS_DEVICE = 1 << 24
 CHUNK_LOGITS = 1 << 20  # logits handled at once by a divergence: bounds its temporaries
 
@@ -25,6 +25,11 @@ class LoraPenalty(NamedTuple):
     value: Tensor
     grad_A_RI: Tensor
     grad_B_OR: Tensor
+
+
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """At least float32: half precision loses tails of logits and small differences of weights."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def quadratic_penalty(parameter: Tensor, anchor: Tensor, importance: Tensor | None) -> Tensor:
@@ -81,39 +86,47 @@ def layer_cap(gradient_norm: Tensor, pull_norm: Tensor, rho: float) -> Tensor:
     return (rho * gradient_norm / pull_norm.clamp(min=tiny)).clamp(max=1.0)
 
 
-def add_pull_gradient(parameter: nn.Parameter, pull: Pull, *, rho: float | None) -> None:
-    """Adds a pull's gradient, strength * importance * (parameter - anchor), to `parameter.grad`.
+def add_pull_gradients(
+    params: Mapping[str, nn.Parameter], pulls: Mapping[str, Pull], *, rho: float | None
+) -> None:
+    """Adds the pulls' gradients, strength * importance * (parameter - anchor), to `grad`.
 
     Args:
-        parameter: Its gradient is that of the task by now, summed over ranks.
-        pull: What to add; its tally is filled in.
-        rho: Bound of the pull's norm as a multiple of the gradient's, block by block; None is off.
+        params: By canonical name. Their gradients are those of the task by now, summed over ranks.
+        pulls: What to add, by canonical name; their tallies are filled in.
+        rho: Bound of a pull's norm as a multiple of its parameter's gradient norm; None is off.
     """
+    scratch = _Scratch()
     with torch.no_grad():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        values = (pull.anchor, pull.importance)
-        parts = list(_chunks(parameter.detach(), parameter.grad, *values))
-        squared = parameter.new_zeros((), dtype=_wide(parameter))
-        energy = torch.zeros_like(squared)
-        for theta, _, anchor, importance in parts:
-            difference = theta.to(anchor.dtype) - anchor
-            weighted = difference if importance is None else difference * importance
-            squared += torch.dot(weighted, weighted)
-            energy += torch.dot(weighted, difference)
-        squared *= pull.strength**2
-        factor = torch.ones_like(squared)
+        for name, pull in pulls.items():
+            _add_pull_gradient(params[name], pull, rho, scratch)
+
+
+def _add_pull_gradient(
+    parameter: nn.Parameter, pull: Pull, rho: float | None, scratch: "_Scratch"
+) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    # The cap needs the norms of the whole block before anything is added.
+    size = _chunk_size(parameter) if rho is None else parameter.numel()
+    operands = (parameter.detach(), parameter.grad, pull.anchor, pull.importance)
+    for theta, grad, anchor, importance in _chunks(size, *operands):
+        weighted = torch.sub(theta, anchor, out=scratch.take(0, anchor))
+        if importance is not None:
+            weighted.mul_(importance)
+        weight: float | Tensor = pull.strength
         if rho is not None:
-            norm = torch.linalg.vector_norm(parameter.grad, dtype=squared.dtype)
-            factor = layer_cap(norm, squared.sqrt(), rho)
-        for theta, grad, anchor, importance in parts:
-            difference = quadratic_gradient(theta.to(anchor.dtype), anchor, importance)
-            grad.add_(difference.mul_(factor * pull.strength).to(grad.dtype))
+            norm = torch.linalg.vector_norm(weighted) * pull.strength
+            factor = layer_cap(torch.linalg.vector_norm(grad, dtype=norm.dtype), norm, rho)
+            weight = factor * pull.strength
+            if pull.tally is not None:
+                pull.tally.capped.append((factor < 1).to(norm.dtype))
         if pull.tally is not None:
-            pull.tally.squared_norms.append(squared * factor**2)
-            pull.tally.penalties.append(0.5 * pull.strength * energy)
-            if rho is not None:
-                pull.tally.capped.append((factor < 1).to(squared.dtype))
+            energy = torch.dot(weighted, theta.to(anchor.dtype) - anchor)
+            pull.tally.penalties.append(energy * (0.5 * pull.strength))
+        grad.add_(weighted.mul_(weight))
+        if pull.tally is not None:
+            pull.tally.squared_norms.append(torch.dot(weighted, weighted))
 
 
 def add_lora_gradient(
@@ -121,7 +134,7 @@ def add_lora_gradient(
     lora_B: nn.Parameter,
     penalty: LoraPenalty,
     strength: float,
-    tally: Tally,
+    tally: Tally | None,
     *,
     rho: float | None,
 ) -> None:
@@ -136,13 +149,15 @@ def add_lora_gradient(
             ]
             gradient_norm = torch.linalg.vector_norm(torch.stack(norms)).to(squared.dtype)
             factor = layer_cap(gradient_norm, squared.sqrt(), rho)
-            tally.capped.append((factor < 1).to(squared.dtype))
         for parameter, extra in pairs:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.add_((extra * (factor * strength)).to(parameter.grad.dtype))
-        tally.squared_norms.append(squared * factor**2)
-        tally.penalties.append(strength * penalty.value)
+        if tally is not None:
+            tally.squared_norms.append(squared * factor**2)
+            tally.penalties.append(strength * penalty.value)
+            if rho is not None:
+                tally.capped.append((factor < 1).to(squared.dtype))
 
 
 def apply_pulls(
@@ -166,9 +181,10 @@ def apply_pulls(
         for name, pull in of_one.items():
             if pull.strength * learning_rates[name] > 0:
                 by_name.setdefault(name, []).append(pull)
+    scratch = _Scratch()
     with torch.no_grad():
         for name, own in by_name.items():
-            _pull_parameter(params[name].detach(), own, learning_rates[name])
+            _pull_parameter(params[name].detach(), own, learning_rates[name], scratch)
 
 
 def divergence_sum(
@@ -225,7 +241,7 @@ class _DivergenceSum(torch.autograd.Function):
         beta: float,
         factor: float,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(student_NV.dtype, torch.float32)
+        wide = wide_type(student_NV)
         gradient_NV = torch.empty_like(student_NV)
         value = student_NV.new_zeros((), dtype=wide)
         squared = torch.zeros_like(value)
@@ -271,66 +287,96 @@ def _divergence(
     return losses, (1.0 - beta) * q * (ratio - of_student[..., None])
 
 
-def _pull_parameter(parameter: Tensor, pulls: Sequence[Pull], rate: float) -> None:
+def _pull_parameter(
+    parameter: Tensor, pulls: Sequence[Pull], rate: float, scratch: "_Scratch"
+) -> None:
     operands = [value for pull in pulls for value in (pull.anchor, pull.importance)]
-    sums = parameter.new_zeros((len(pulls), 2), dtype=_wide(parameter))
-    for theta, *rest in _chunks(parameter, *operands):
+    weights = [pull.strength * rate for pull in pulls]
+    for theta, *rest in _chunks(_chunk_size(parameter), parameter, *operands):
         wide = theta.to(rest[0].dtype)
         if len(pulls) == 1:
-            _pull_once(wide, rest[0], rest[1], pulls[0].strength * rate)
+            _pull_once(wide, rest[0], rest[1], weights[0], scratch.take(0, wide))
         else:
-            _pull_jointly(wide, rest, [pull.strength * rate for pull in pulls])
+            _pull_jointly(wide, rest, weights, scratch.take(0, wide), scratch.take(1, wide))
         if wide is not theta:
             theta.copy_(wide)
         for k, pull in enumerate(pulls):
             if pull.tally is not None:
-                _tally(sums[k], wide, rest[2 * k], rest[2 * k + 1])
-    for pull, (squared, energy) in zip(pulls, sums, strict=True):
-        if pull.tally is not None:
-            pull.tally.squared_norms.append(squared * (pull.strength * rate) ** 2)
-            pull.tally.penalties.append(energy * (0.5 * pull.strength))
+                _tally(pull.tally, wide, (rest[2 * k], rest[2 * k + 1]), weights[k], rate, scratch)
 
 
-def _pull_once(theta: Tensor, anchor: Tensor, importance: Tensor | None, weight: float) -> None:
+def _pull_once(
+    theta: Tensor, anchor: Tensor, importance: Tensor | None, weight: float, scratch: Tensor
+) -> None:
     """theta <- anchor + (theta - anchor) / (1 + weight * importance)."""
     if importance is None:
         torch.lerp(anchor, theta, 1.0 / (1.0 + weight), out=theta)
     else:
-        kept = torch.mul(importance, weight).add_(1.0).reciprocal_()
+        one = scratch.new_ones(())
+        kept = torch.add(one, importance, alpha=weight, out=scratch).reciprocal_()
         torch.lerp(anchor, theta, kept, out=theta)
 
 
-def _pull_jointly(theta: Tensor, operands: Sequence[Any], weights: Sequence[float]) -> None:
-    total = torch.ones_like(theta)
+def _pull_jointly(
+    theta: Tensor, operands: Sequence[Any], weights: Sequence[float], total: Tensor, share: Tensor
+) -> None:
+    total.fill_(1.0)
     for k, weight in enumerate(weights):
         anchor, importance = operands[2 * k], operands[2 * k + 1]
         if importance is None:
             total += weight
             theta.add_(anchor, alpha=weight)
         else:
-            share = importance * weight
+            torch.mul(importance, weight, out=share)
             total += share
             theta.addcmul_(share, anchor)
     theta.div_(total)
 
 
-def _tally(sums: Tensor, theta: Tensor, anchor: Tensor, importance: Tensor | None) -> None:
-    """Adds sum (F d)^2 and sum F d^2 of a chunk while it is still in the cache."""
-    difference = theta - anchor
-    weighted = difference if importance is None else difference * importance
-    sums[0] += torch.dot(weighted, weighted)
-    sums[1] += torch.dot(weighted, difference)
+def _tally(
+    tally: Tally,
+    theta: Tensor,
+    operands: tuple[Tensor, Tensor | None],
+    weight: float,
+    rate: float,
+    scratch: "_Scratch",
+) -> None:
+    """Adds what one pull did to a chunk that has been pulled; weight is strength times rate."""
+    anchor, importance = operands
+    difference = torch.sub(theta, anchor, out=scratch.take(0, theta))
+    weighted = difference
+    if importance is not None:
+        weighted = torch.mul(difference, importance, out=scratch.take(1, theta))
+    tally.squared_norms.append(torch.dot(weighted, weighted) * weight**2)
+    tally.penalties.append(torch.dot(weighted, difference) * (0.5 * weight / rate))
 
 
-def _chunks(parameter: Tensor, *operands: Tensor | None) -> Iterator[tuple[Any, ...]]:
+class _Scratch:
+    """Buffers kept over the parameters of a step: fresh memory would be paged in for each of them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, slot: int, like: Tensor) -> Tensor:
+        """A buffer like a flat tensor, with anything in it."""
+        key = (slot, like.dtype, like.device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < like.numel():
+            buffer = self._buffers[key] = torch.empty_like(like)
+        return buffer if buffer.numel() == like.numel() else buffer[: like.numel()]
+
+
+def _chunk_size(parameter: Tensor) -> int:
+    return CHUNK_ELEMENTS if parameter.device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
+
+
+def _chunks(size: int, *operands: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Flat slices of tensors of one shape, side by side; None stays None. Slices are views."""
-    size = CHUNK_ELEMENTS if parameter.device.type == "cpu" else CHUNK_ELEMENTS_DEVICE
-    count = max(math.ceil(parameter.numel() / size), 1)
-    flat = [
-        (None,) * count if x is None else x.view(-1).split(size) for x in (parameter, *operands)
-    ]
-    yield from zip(*flat, strict=True)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    flat = [x if x is None else x.view(-1) for x in operands]
+    numel = next(x.numel() for x in flat if x is not None)
+    if numel <= size:
+        yield tuple(flat)
+        return
+    count = math.ceil(numel / size)
+    parts = [(None,) * count if x is None else x.split(size) for x in flat]
+    yield from zip(*parts, strict=True)

@@ -63,7 +63,7 @@ class Distillation(Strategy):
         return Needs(
             forward=frozenset({"teacher_logits"}),
             teacher_sources=self.sources,
-            general_rows=GENERAL in self.sources,
+            general_rows=self.sources != {"domain"},
             base_unmodified=True,
         )
 

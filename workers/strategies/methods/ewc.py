@@ -22,11 +22,17 @@ from workers.strategies.base import (
     Tally,
     check_tensors,
 )
-from workers.strategies.penalties import add_lora_gradient, add_pull_gradient, lora_penalty
+from workers.strategies.penalties import (
+    add_lora_gradient,
+    add_pull_gradients,
+    lora_penalty,
+    wide_type,
+)
 
 GROUP_ELEMENTS = 1 << 27  # frozen weights whose gradients a pass of an adapter's run holds at once
 SORTED_ELEMENTS = 1 << 22  # a quantile is taken of at most so many evenly spaced values
 CHUNK_LOGITS = 1 << 22
+NUM_SQUARES = 128  # of a sampled-label pass: an entry's relative error is about sqrt(2 / 128)
 
 FisherType = Literal["true", "empirical"]
 
@@ -76,6 +82,7 @@ class Ewc(Strategy):
         self.importance: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
         self._tally = Tally()
+        self._measured: Tally | None = None  # the tally in a step that is measured
         self._expected: dict[str, torch.Size] | None = None
 
     def needs(self) -> Needs:
@@ -121,11 +128,13 @@ class Ewc(Strategy):
             for name, value in fisher.items()
         }
         if not ctx.lora_pairs:
-            self.anchor = {name: p.detach().clone() for name, p in ctx.params.items()}
+            self.anchor = {
+                name: p.detach().to(wide_type(p), copy=True) for name, p in ctx.params.items()
+            }
 
     def on_step_start(self, ctx: Context) -> None:
-        """Begins the sums of the step."""
-        self._tally.clear()
+        """Decides whether this step is measured."""
+        self._measured = self._tally.begin(ctx.step, ctx.strength(self.kind))
 
     def add_grads(self, ctx: Context) -> None:
         """Adds the penalty's gradient, in gradient mode or with adapters."""
@@ -139,11 +148,10 @@ class Ewc(Strategy):
             lora_A, lora_B = pair.lora_A.detach(), pair.lora_B.detach()
             penalty = lora_penalty(lora_A, lora_B, pair.scale, rows_O=rows_O, columns_I=columns_I)
             add_lora_gradient(
-                pair.lora_A, pair.lora_B, penalty, strength, self._tally, rho=self.rho
+                pair.lora_A, pair.lora_B, penalty, strength, self._measured, rho=self.rho
             )
         if self.penalty_mode == "gradient":
-            for name, pull in self._pulls(strength).items():
-                add_pull_gradient(ctx.params[name], pull, rho=self.rho)
+            add_pull_gradients(ctx.params, self._pulls(strength), rho=self.rho)
 
     def prox_pulls(self, ctx: Context) -> Mapping[str, Pull]:
         """The pulls of implicit mode."""
@@ -153,15 +161,19 @@ class Ewc(Strategy):
         return self._pulls(strength)
 
     def metrics(self) -> Mapping[str, float]:
-        """`applied_norm` of the displacement (implicit) or added gradient, the penalty's value, and in
-        gradient mode `capped_share`: the share of blocks where the cap bound.
+        """Of the last measured step: `applied_norm` of the displacement (implicit) or of the added
+        gradient, `penalty`, and `capped_share` of the blocks where the cap bound.
         """
         return self._tally.read()
 
     def state_dict(self) -> StateDict:
         """Fisher and anchor."""
         anchors = {f"anchor/{name}": anchor for name, anchor in self.anchor.items()}
-        return {**super().state_dict(), "tensors": {**self.importance, **anchors}}
+        return {
+            **super().state_dict(),
+            "tensors": {**self.importance, **anchors},
+            "scalars": {"measured": self._tally.save()},
+        }
 
     def load_state_dict(self, state: StateDict) -> None:
         """Takes up a saved Fisher and anchor.
@@ -170,6 +182,7 @@ class Ewc(Strategy):
             ValueError: They do not fit the run.
         """
         super().load_state_dict(state)
+        self._tally = Tally(last=dict(state["scalars"]["measured"]))
         tensors = {name: tensor.detach().clone() for name, tensor in state["tensors"].items()}
         if self._expected is not None:
             check_tensors(self.kind, tensors, self._expected)
@@ -181,7 +194,7 @@ class Ewc(Strategy):
 
     def _pulls(self, strength: float) -> dict[str, Pull]:
         return {
-            name: Pull(strength, self.importance[f"importance/{name}"], anchor, self._tally)
+            name: Pull(strength, self.importance[f"importance/{name}"], anchor, self._measured)
             for name, anchor in self.anchor.items()
         }
 
@@ -192,7 +205,7 @@ def measure_fisher(
     """The diagonal Fisher per token at the weights as they are, neither clipped nor normalised.
 
     `true`: labels are sampled from the model at every position, so scores are independent with mean zero,
-    and the square of the gradient of a micro-batch's *summed* loss is an unbiased sum of squares.
+    and the square of the gradient of a group of rows' *summed* loss is an unbiased sum of squares.
     `empirical`: the gradient of each document's own loss is squared. Weights, gradients, modes and the
     global RNG are left as they were.
 
@@ -313,18 +326,19 @@ def _sum_scores(
         raise ValueError("ewc: the context gives no forward")
     names, tensors = list(weights), list(weights.values())
     seed = generator.initial_seed()
+    num_rows = 1 if fisher_type == "empirical" else math.ceil(len(rows) / NUM_SQUARES)
     num_tokens = 0
     with _evaluating(ctx.model), torch.enable_grad():
         for micro in ctx.general_micros(rows):
-            for part in micro.single_rows() if fisher_type == "empirical" else (micro,):
+            for part in micro.split(num_rows):
                 if not part.positions_N.numel():
                     continue
                 logits_NV = ctx.forward(part).logits_NV
                 targets_N = part.targets_N
                 if fisher_type == "true":
                     targets_N = sample_labels(logits_NV.detach(), part, generator, seed)
-                wide = torch.promote_types(logits_NV.dtype, torch.float32)
-                loss = F.cross_entropy(logits_NV.to(wide), targets_N, reduction="sum")
+                wide_NV = logits_NV.to(wide_type(logits_NV))
+                loss = F.cross_entropy(wide_NV, targets_N, reduction="sum")
                 # Not backward(): gradients of the parameters stay as they are.
                 grads = torch.autograd.grad(loss, tensors, allow_unused=True)
                 for name, grad in zip(names, grads, strict=True):
@@ -399,5 +413,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.zeros(tuple(shape), dtype=wide, device=like.device)
+    return torch.zeros(tuple(shape), dtype=wide_type(like), device=like.device)

@@ -13,7 +13,12 @@ from workers.strategies.base import (
     Tally,
     check_tensors,
 )
-from workers.strategies.penalties import add_lora_gradient, add_pull_gradient, lora_penalty
+from workers.strategies.penalties import (
+    add_lora_gradient,
+    add_pull_gradients,
+    lora_penalty,
+    wide_type,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +42,7 @@ class L2Sp(Strategy):
         self.penalty_mode = penalty_mode
         self.anchor: dict[str, Tensor] = {}
         self._tally = Tally()
+        self._measured: Tally | None = None  # the tally in a step that is measured
         self._expected: dict[str, torch.Size] | None = None
 
     def needs(self) -> Needs:
@@ -56,11 +62,13 @@ class L2Sp(Strategy):
     def on_task_start(self, ctx: Context) -> None:
         """Copies the starting weights; adapters need no copy, theirs is no change at all."""
         if not ctx.lora_pairs:
-            self.anchor = {name: p.detach().clone() for name, p in ctx.params.items()}
+            self.anchor = {
+                name: p.detach().to(wide_type(p), copy=True) for name, p in ctx.params.items()
+            }
 
     def on_step_start(self, ctx: Context) -> None:
-        """Begins the sums of the step."""
-        self._tally.clear()
+        """Decides whether this step is measured."""
+        self._measured = self._tally.begin(ctx.step, ctx.strength(self.kind))
 
     def add_grads(self, ctx: Context) -> None:
         """Adds the penalty's gradient, in gradient mode or with adapters."""
@@ -69,27 +77,28 @@ class L2Sp(Strategy):
             return
         for pair in ctx.lora_pairs:
             penalty = lora_penalty(pair.lora_A.detach(), pair.lora_B.detach(), pair.scale)
-            add_lora_gradient(pair.lora_A, pair.lora_B, penalty, strength, self._tally, rho=None)
+            add_lora_gradient(pair.lora_A, pair.lora_B, penalty, strength, self._measured, rho=None)
         if self.penalty_mode == "gradient":
-            for name, anchor in self.anchor.items():
-                pull = Pull(strength, None, anchor, self._tally)
-                add_pull_gradient(ctx.params[name], pull, rho=None)
+            add_pull_gradients(ctx.params, self._pulls(strength), rho=None)
 
     def prox_pulls(self, ctx: Context) -> Mapping[str, Pull]:
         """The pulls of implicit mode."""
         strength = ctx.strength(self.kind)
         if strength <= 0 or self.penalty_mode != "implicit":
             return {}
-        return {name: Pull(strength, None, a, self._tally) for name, a in self.anchor.items()}
+        return self._pulls(strength)
 
     def metrics(self) -> Mapping[str, float]:
-        """`applied_norm` of the displacement (implicit) or added gradient, and the penalty's value."""
+        """Of the last measured step: `applied_norm` of the displacement (implicit) or of the added
+        gradient, and `penalty`, its value.
+        """
         return self._tally.read()
 
     def state_dict(self) -> StateDict:
         """The anchor."""
         tensors = {f"anchor/{name}": anchor for name, anchor in self.anchor.items()}
-        return {**super().state_dict(), "tensors": tensors}
+        scalars = {"measured": self._tally.save()}
+        return {**super().state_dict(), "tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Takes up a saved anchor.
@@ -98,9 +107,13 @@ class L2Sp(Strategy):
             ValueError: It does not fit the run.
         """
         super().load_state_dict(state)
+        self._tally = Tally(last=dict(state["scalars"]["measured"]))
         if self._expected is not None:
             check_tensors(self.kind, state["tensors"], self._expected)
         self.anchor = {
             name.removeprefix("anchor/"): tensor.detach().clone()
             for name, tensor in state["tensors"].items()
         }
+
+    def _pulls(self, strength: float) -> dict[str, Pull]:
+        return {name: Pull(strength, None, a, self._measured) for name, a in self.anchor.items()}
