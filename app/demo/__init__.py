@@ -1,0 +1,1 @@
+"""The demo: Retain's main job from end to end, as a client sees it."""
