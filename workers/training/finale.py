@@ -39,7 +39,7 @@ def finish(session: Session, reply: DecisionReply) -> None:
     outcome = Outcome() if target is None else _publish(session, target)
     if target is None:
         outcome.failure = reply.failure
-    session.enter("done")
+    session.stop_clock()
     talk.ask(
         Finished(
             id=talk.next_id(),
@@ -77,7 +77,7 @@ def _publish(session: Session, target: PublishTarget) -> Outcome:
     load_checkpoint(run, Path(target.checkpoint_directory), keep_carry=True)
     for strategy in run.strategies:
         strategy.on_task_end(run.ctx)
-    session.enter("report")
+    session.enter("evaluating")
     marks = suite.measure("report")
     outcome = Outcome(tuned_report=suite.packed(marks, "report"))
     outcome.report = outcome.tuned_report

@@ -119,8 +119,8 @@ def train(session: Session) -> DecisionReply:
         metrics = train_step(run)
         talk.add_metrics(metrics)
         session.report()
-        is_last = run.step == run.training.total_steps
-        if not session.is_planned and (run.executed - timed_from >= TIMED_STEPS or is_last):
+        has_timed = run.executed - timed_from >= TIMED_STEPS or is_evaluation_point(session)
+        if has_timed and not session.is_planned:
             choose_evaluations(session)
         if is_evaluation_point(session):
             reply = evaluate(session)
@@ -172,8 +172,7 @@ def choose_evaluations(session: Session) -> None:
 def leave(session: Session, request: StopRequested) -> None:
     """Saves where there is something to save and the job is not cancelled; then says goodbye."""
     run, talk = session.run, session.talk
-    is_saved = session.saved_at == (run.branch, run.step)
-    if session.has_started and request.mode != "cancel" and not is_saved:
+    if session.has_started and request.mode != "cancel":
         save(session, is_evaluated=False)
     session.report(now=True)
     talk.ask(Stopped(id=talk.next_id(), mode=request.mode, branch=run.branch, step=run.step))

@@ -27,7 +27,9 @@ class SelectedLogits:
     def __init__(self, model: nn.Module, *, autocast: torch.dtype | None) -> None:
         self.model = model
         self._autocast = autocast
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner: Any = model
+        if hasattr(inner, "get_base_model"):  # adapters stay active in what they wrap
+            inner = inner.get_base_model()
         self._inner = inner
         self._body: Any = inner.get_decoder()
         self._head: Any = inner.get_output_embeddings()

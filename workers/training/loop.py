@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from app.domain.decisions import ControllerState
 from app.domain.messages import StepMetrics
 from app.domain.spec import ResolvedTraining
+from app.errors import TrainingFailed
 from workers.data.batches import DOMAIN, Rows, RowSampler, build_micro, split_micros
 from workers.strategies.base import Context, Forward, Micro, Strategy, Stream
 from workers.strategies.penalties import apply_pulls
@@ -51,12 +52,19 @@ class Run:
     history: list[StepMetrics] = field(default_factory=list)  # of the accepted steps
 
     def use(self, controller: ControllerState) -> None:
-        """Sets the coefficients in force; effective from the next step."""
+        """Sets the coefficients in force; effective from the next step.
+
+        Raises:
+            TrainingFailed: A strategy that is turned on lacks the rows it draws from.
+        """
         self.controller = controller
         self.ctx.coefs = {s.kind: controller.strengths.get(s.kind, 0.0) for s in self.strategies}
         streams: tuple[Stream, ...] = (self.domain_stream,)
-        for strategy in self.strategies:
-            streams = strategy.edit_streams(self.ctx, streams)
+        try:
+            for strategy in self.strategies:
+                streams = strategy.edit_streams(self.ctx, streams)
+        except ValueError as error:
+            raise TrainingFailed(str(error), "retention.strategies") from error
         self.streams = streams
 
 

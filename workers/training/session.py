@@ -64,10 +64,15 @@ class Session:
 
     def enter(self, phase: str) -> None:
         """Starts a phase, and says so."""
+        self.stop_clock()
+        self.phase = phase
+        self.report(now=True)
+
+    def stop_clock(self) -> None:
+        """Adds the time since the last call to the phase."""
         moment = time.perf_counter()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + moment - self.phase_began
-        self.phase, self.phase_began = phase, moment
-        self.report(now=True)
+        self.phase_began = moment
 
     def report(self, *, now: bool = False) -> None:
         """Progress, at most once a second unless `now`."""
@@ -112,6 +117,8 @@ def is_checkpoint_point(session: Session) -> bool:
 def save(session: Session, *, is_evaluated: bool) -> bool:
     """Saves and registers a checkpoint; False where the disk is full, which is only warned of."""
     run, talk = session.run, session.talk
+    if session.saved_at == (run.branch, run.step):
+        return True  # the state of a branch at a step is one
     saved, problem = None, False
     if run.ranks.is_speaker:
         try:
