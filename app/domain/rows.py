@@ -229,6 +229,9 @@ def parse_item(line: bytes | str, scorer: Scorer, *, line_number: int, param: st
     """
     value = parse_object(line, line_number=line_number, param=param)
     item = validate_line(ITEM_TYPES[scorer], value, line_number=line_number, param=param)
+    if isinstance(item, MultipleChoiceItem) and not all(c.strip() for c in item.choices):
+        empty = next(i for i, choice in enumerate(item.choices) if not choice.strip())
+        refuse_line(param, line_number, f"choices.{empty}: must not be empty")
     if isinstance(item, NllItem) and item.messages is not None:
         try:
             ChatRow.model_validate({"messages": item.messages})

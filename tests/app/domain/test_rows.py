@@ -257,6 +257,11 @@ def test_items_are_checked_by_their_scorer() -> None:
             Scorer.MULTIPLE_CHOICE,
             "file line 1: answer: 2 is not the index of one of the 2 choices",
         ),
+        (
+            [{**MC, "choices": ["x", " "]}],
+            Scorer.MULTIPLE_CHOICE,
+            "file line 1: choices.1: must not be empty",
+        ),
         ([MC], Scorer.NLL, "file line 1: question: Extra inputs are not permitted"),
         (
             [{"id": "a", "messages": [USER]}],

@@ -36,7 +36,7 @@ def scored(tiny, items, budget) -> list[np.ndarray]:
 def test_sums_equal_those_of_separate_rows(tmp_path, one_letter, budget) -> None:
     tiny = make_tiny()
     plan = make_benchmark(
-        tmp_path / "b", Scorer.MULTIPLE_CHOICE, choice_items(40, one_letter=one_letter)
+        tmp_path / "b", Scorer.MULTIPLE_CHOICE, choice_items(16, one_letter=one_letter)
     )
     items = prepare(plan, tiny.tokenizer, chat_template=None).choices
     wanted = separate_rows(tiny.model.eval(), items)
