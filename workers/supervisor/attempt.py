@@ -1,5 +1,6 @@
 """One attempt at a job: its inputs brought, its trainer started, heard and ended; whatever happens, recorded."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.domain.messages import EXIT_CUDA, EXIT_FAILED, OrderMessage, StopMessage
@@ -90,6 +92,10 @@ class Attempt:
             self._run()
         except (Fenced, GivenUp) as error:
             log.warning("worker.job_lost", **self._names(), why=str(error) or "database away")
+        except Exception as error:  # the top of an attempt: logged whole, and the job is not left hanging
+            log.exception("worker.attempt_broke", **self._names())
+            with contextlib.suppress(Fenced, GivenUp, SQLAlchemyError):
+                self._recorder.end_crashed(f"The worker failed: {type(error).__name__}.")
         finally:
             self._lease.stop()
             self._ledger.close()

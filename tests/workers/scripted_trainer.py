@@ -1,0 +1,327 @@
+"""A trainer that trains nothing: a real child that speaks the protocol, for each test in its own way.
+
+Run as `scripted_trainer.py SCENARIO --plan PLAN --socket PATH`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+CARRY = {"cursors": {"streams": {}, "executed": 1, "trained_tokens": 10}, "rng": {}}
+
+
+class Talk:
+    """The trainer's end of the socket."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(path)
+        self._lines = self._socket.makefile("rb")
+        self._ids = count(1)
+        self.unasked: list[dict[str, Any]] = []
+
+    def tell(self, kind: str, **fields: Any) -> int:
+        number = next(self._ids)
+        self._socket.sendall(json.dumps({"type": kind, "id": number} | fields).encode() + b"\n")
+        return number
+
+    def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
+        number = self.tell(kind, **fields)
+        while True:
+            found = self.hear()
+            if found.get("reply_to") == number:
+                return found
+            self.unasked.append(found)
+
+    def hear(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        if not line:
+            sys.exit(1)
+        return json.loads(line)
+
+    def hear_within(self, seconds: float) -> dict[str, Any] | None:
+        self._socket.settimeout(seconds)
+        try:
+            return self.hear()
+        except TimeoutError:
+            self._lines = self._socket.makefile("rb")
+            return None
+        finally:
+            self._socket.settimeout(None)
+
+    def raw(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+
+class Script:
+    """The scenarios, and what they share."""
+
+    def __init__(self, plan: dict[str, Any], talk: Talk) -> None:
+        self.plan = plan
+        self.talk = talk
+        self.scratch = Path(plan["scratch_directory"])
+        resume = plan.get("resume")
+        self.branch = plan.get("branch", 0)
+        self.step = resume["step"] if resume else 0
+        self.total = plan["training"]["total_steps"]
+
+    # ---- what a trainer does
+
+    def progress(self, *, loss: float = 1.0) -> None:
+        metrics = {
+            "step": self.step,
+            "branch": self.branch,
+            "train_loss": loss,
+            "train_mean_token_accuracy": 0.5,
+            "learning_rate": 1e-3,
+            "tokens": 10,
+            "seconds": 0.01,
+            "values": {},
+        }
+        self.talk.tell(
+            "progress",
+            branch=self.branch,
+            step=self.step,
+            total_steps=self.total,
+            seconds_remaining=1.0,
+            trained_tokens=self.step * 10,
+            phase="training",
+            metrics=[metrics] if self.step else [],
+        )
+
+    def save(self, *, is_evaluated: bool = False) -> None:
+        directory = (
+            self.scratch
+            / "checkpoints"
+            / f"a{self.plan['attempt']}"
+            / f"b{self.branch}"
+            / f"step-{self.step}"
+        )
+        directory.mkdir(parents=True)
+        content = f"weights of step {self.step}".encode()
+        (directory / "model.safetensors").write_bytes(content)
+        facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest = json.dumps({"step": self.step, "files": {"model.safetensors": facts}})
+        (directory / "manifest.json").write_text(manifest)
+        self.talk.ask(
+            "checkpoint_saved",
+            branch=self.branch,
+            step=self.step,
+            directory=str(directory),
+            manifest_sha256=hashlib.sha256(manifest.encode()).hexdigest(),
+            size_bytes=100,
+            metrics={"train_loss": 1.0},
+            is_evaluated=is_evaluated,
+        )
+
+    def evaluate(self, *, valid_loss: float = 1.0) -> dict[str, Any]:
+        self.save(is_evaluated=True)
+        return self.talk.ask(
+            "evaluated",
+            branch=self.branch,
+            step=self.step,
+            is_last=self.step == self.total,
+            scores=[],
+            valid_loss=valid_loss,
+            valid_mean_token_accuracy=0.5,
+            train_loss=1.0,
+            seconds=0.1,
+            carry=CARRY,
+        )
+
+    def train_to(self, step: int, *, save_every: int = 10) -> None:
+        while self.step < step:
+            self.step += 1
+            self.progress()
+            if self.step % save_every == 0 and self.step < self.total:
+                self.save()
+
+    def finish(self, reply: dict[str, Any]) -> None:
+        target = reply["publish"]
+        weights = Path(target["checkpoint_directory"]) / "model.safetensors"
+        artifact = self.scratch / "artifact"
+        artifact.mkdir()
+        (artifact / "model.safetensors").write_bytes(weights.read_bytes())
+        csv = self.scratch / "result.csv"
+        csv.write_text("step,train_loss\n1,1.0\n")
+        self.talk.ask(
+            "finished",
+            checkpoint_id=target["checkpoint_id"],
+            artifact_directory=str(artifact),
+            artifact_kind="full",
+            alpha=1.0,
+            report=[],
+            tuned_report=[],
+            valid_loss=0.5,
+            frontier=[],
+            result_csv=str(csv),
+            trained_tokens=self.total * 10,
+            seconds={"training": 1.0},
+        )
+
+    def run_to_the_end(self) -> None:
+        resume = self.plan.get("resume")
+        if resume is None:
+            self.save()
+        reply = resume and resume["decision"]
+        if not (reply and reply["finish"]):
+            self.train_to(self.total)
+            reply = self.evaluate()
+        self.finish(reply)
+
+    def wait_for_stop(self) -> None:
+        while True:
+            self.step += 1
+            self.progress()
+            heard = self.talk.hear_within(0.05)
+            if heard is not None and heard["type"] == "stop_requested":
+                if heard["mode"] != "cancel":
+                    self.save()
+                self.talk.ask("stopped", mode=heard["mode"], branch=self.branch, step=self.step)
+                sys.exit(75)
+
+    # ---- scenarios
+
+    def whole(self) -> None:
+        self.run_to_the_end()
+
+    def dies_once(self) -> None:
+        if self.plan["attempt"] > 1:
+            self.run_to_the_end()
+            return
+        self.save()
+        self.train_to(15)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dies_always(self) -> None:
+        if self.plan.get("resume") is None:
+            self.save()
+        self.step += 1
+        self.progress()
+        print("RuntimeError: the reason", flush=True)
+        sys.exit(1)
+
+    def stops(self) -> None:
+        if self.plan["attempt"] > 1:
+            self.run_to_the_end()
+            return
+        self.save()
+        self.wait_for_stop()
+
+    def never_stops(self) -> None:
+        self.save()
+        while True:
+            self.step += 1
+            self.progress()
+            time.sleep(0.05)
+
+    def falls_silent(self) -> None:
+        self.save()
+        time.sleep(3600)
+
+    def fails(self) -> None:
+        self.talk.ask(
+            "failed", code="bad_rows", message="Line 3 has no messages.", param="training_file"
+        )
+        sys.exit(64)
+
+    def loses_its_device(self) -> None:
+        sys.exit(71)
+
+    def babbles(self) -> None:
+        self.talk.raw(b'{"type": "gossip"}\n')
+        time.sleep(3600)
+
+    def lies(self) -> None:
+        self.talk.ask(
+            "checkpoint_saved",
+            branch=0,
+            step=1,
+            directory="/etc",
+            manifest_sha256="0" * 64,
+            size_bytes=1,
+            metrics={},
+            is_evaluated=False,
+        )
+
+    def finds_damage(self) -> None:
+        if self.plan["attempt"] > 2:
+            self.run_to_the_end()
+        elif self.plan["attempt"] == 2:
+            self.talk.ask("failed", code="bad_checkpoint", message="model.safetensors is torn.")
+            sys.exit(64)
+        else:
+            self.save()
+            self.train_to(12)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def obeys(self) -> None:
+        self.save()
+        while True:
+            self.step += 1
+            self.progress()
+            heard = self.talk.hear_within(0.05)
+            if heard is not None and heard["type"] == "order":
+                order = heard["order"]
+                self.talk.tell(
+                    "order_applied",
+                    version=order["version"],
+                    branch=self.branch,
+                    step=self.step + 1,
+                )
+                self.step = self.total - 1
+                self.run_after_order()
+                return
+
+    def run_after_order(self) -> None:
+        self.step = self.total
+        self.finish(self.evaluate())
+
+    def goes_on_alone(self) -> None:
+        """Saves every tenth step while the database may be away; each save has to be answered at once."""
+        self.save()
+        slowest = 0.0
+        while self.step < self.total - 1:
+            self.step += 1
+            self.progress()
+            time.sleep(0.02)
+            if self.step % 10 == 0:
+                began = time.monotonic()
+                self.save()
+                slowest = max(slowest, time.monotonic() - began)
+        self.talk.tell(
+            "note", level="info", code="slowest", message="slowest", data={"seconds": slowest}
+        )
+        self.step = self.total
+        self.finish(self.evaluate())
+
+    def shows_itself(self) -> None:
+        """Tells its environment and its open files."""
+        own = (Path(f"/proc/self/fd/{fd}") for fd in range(64))
+        descriptors = [str(path.readlink()) for path in own if path.is_symlink()]
+        data = {"environment": dict(os.environ), "files": descriptors, "pid": os.getpid()}
+        self.talk.tell("note", level="info", code="self", message="self", data=data)
+        self.run_to_the_end()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("scenario")
+    parser.add_argument("--plan", required=True)
+    parser.add_argument("--socket", required=True)
+    options = parser.parse_args()
+    plan = json.loads(Path(options.plan).read_text())
+    script = Script(plan, Talk(options.socket))
+    getattr(script, options.scenario)()
+
+
+if __name__ == "__main__":
+    main()
