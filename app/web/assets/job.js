@@ -38,13 +38,14 @@ function withTarget(decision, checkpoints) {
 
 function panelsOf({ job, decisions, checkpoints, events, frontier, view, toggle, report }) {
   const losses = readLosses(events);
+  const rollbacks = decisions.filter((decision) => decision.action === "roll_back");
   const lines = view.metrics ? events : events.filter((event) => event.type !== "metrics");
   const latest = decisions[0] ?? null;
   const limit = latest?.reading.limit ?? job.maxDrop;
   const panels = [
     panel("summary", null, [job, latest], () => showSummary(job, latest, report)),
     panel("drop", "General ability", [decisions, job.isOver], () => showDrop(job, decisions, limit)),
-    panel("loss", "Loss", [losses, job.isOver], () => showLoss(job, losses)),
+    panel("loss", "Loss", [losses, rollbacks, job.isOver], () => showLoss(job, losses, rollbacks)),
   ];
   const alpha = job.fineTunedModel ? job.report?.alpha ?? null : null;
   if (frontier.length) panels.push(panel("frontier", "From base to tuned", [frontier, alpha], () => showFrontier(frontier, alpha)));
@@ -110,9 +111,9 @@ function showDrop(job, decisions, limit) {
   ];
 }
 
-function showLoss(job, losses) {
+function showLoss(job, losses, rollbacks) {
   if (!losses.train.length && !losses.valid.length) return emptyState(job.isOver ? "No losses." : "No losses yet.", job.isOver ? "The job ended before its first step." : "They appear once training has begun.");
-  return [el("p", { class: "sub" }, "Nats per supervised token; lower is better."), lossChart(losses)];
+  return [el("p", { class: "sub" }, "Nats per supervised token; lower is better."), lossChart(losses, rollbacks)];
 }
 
 function showFrontier(points, alpha) {

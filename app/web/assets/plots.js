@@ -47,24 +47,27 @@ function dropPoint(decision) {
   };
 }
 
-/** Training and validation loss; a branch that was rolled back is drawn fainter. */
-export function lossChart({ train, valid }) {
-  const lastBranch = Math.max(...[...train, ...valid].map((row) => row.branch));
-  const seriesOf = (rows, word, className, dots) =>
-    [...new Set(rows.map((row) => row.branch))].sort((a, b) => b - a).map((branch, place) => ({
-      name: place === 0 ? `${word} loss` : "",
-      className: branch === lastBranch ? className : `${className} left-behind`,
-      dots,
-      points: rows.filter((row) => row.branch === branch).sort(byStep).map((row) => ({
-        x: row.step, y: row.value, text: `Step ${row.step}, branch ${branch}: ${word} loss ${number(row.value)}`,
-      })),
-    }));
-  const all = [...train, ...valid];
+/** Training and validation loss: the steps that count as one line, those that a rollback undid fainter. */
+export function lossChart({ train, valid }, rollbacks) {
+  const undoneAfter = (branch) => Math.min(...rollbacks.filter((d) => d.branch >= branch).map((d) => d.targetStep ?? 0), Infinity);
+  const isKept = (row) => row.step <= undoneAfter(row.branch);
+  const seriesOf = (rows, word, className, dots) => {
+    const pointOf = (row) => ({ x: row.step, y: row.value, text: `Step ${row.step}, branch ${row.branch}: ${word} loss ${number(row.value)}` });
+    const kept = rows.filter(isKept).sort(byStep);
+    const undone = rows.filter((row) => !isKept(row)).sort(byStep);
+    const left = [...new Set(undone.map((row) => row.branch))].map((branch) => {
+      const origin = kept.filter((row) => row.branch <= branch && row.step <= undoneAfter(branch)).at(-1);
+      const points = undone.filter((row) => row.branch === branch).map(pointOf);
+      return { name: "", className: `${className} left-behind`, dots, points: origin ? [{ ...pointOf(origin), isOrigin: true }, ...points] : points };
+    });
+    return [...left, { name: rows.length ? `${word} loss` : "", className, dots: dots || kept.length === 1, points: kept.map(pointOf) }];
+  };
+  const last = Math.max(...[...train, ...valid].map((row) => row.step));
   return responsiveChart({
-    label: `Training and validation loss by step, up to step ${Math.max(...all.map((row) => row.step))}.`,
-    xLabel: "step", yLabel: "loss (nats)", xFormat: number, yFormat: number, xWhole: true, xMin: 0, xMax: Math.max(...all.map((row) => row.step)),
+    label: `Training and validation loss by step, up to step ${last}.`,
+    xLabel: "step", yLabel: "loss (nats)", xFormat: number, yFormat: number, xWhole: true, xMin: 0, xMax: last,
     series: [...seriesOf(train, "training", "train", false), ...seriesOf(valid, "validation", "valid", true)],
-    legend: lastBranch > 0 ? [{ glyph: "▒", text: "faint: rolled back" }] : null,
+    legend: rollbacks.length ? [{ glyph: "▒", text: "faint: undone by a rollback" }] : null,
   });
 }
 
