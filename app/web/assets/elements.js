@@ -42,6 +42,13 @@ export function table(caption, columns, rows, rowAttributes = () => ({})) {
     el("table", {}, el("caption", { class: "unseen" }, caption), el("thead", {}, el("tr", {}, head)), el("tbody", {}, body)));
 }
 
+/** A table of many rows in a box of its own that scrolls, by keyboard too. */
+export function longTable(caption, columns, rows, rowAttributes) {
+  const box = table(caption, columns, rows, rowAttributes);
+  for (const [name, value] of Object.entries({ class: "table-wrap long", role: "region", "aria-label": caption, tabindex: 0, "data-scroll": caption, "data-focus": caption })) box.setAttribute(name, value);
+  return box;
+}
+
 /** What a panel shows when there is nothing, and what to do about it. */
 export function emptyState(title, ...advice) {
   return el("div", { class: "empty" }, el("p", { class: "empty-title" }, title), el("p", {}, advice));

@@ -1,7 +1,7 @@
 // One job: where it stands, what the sensor saw, what the controller did.
 
 import { downloadFile, follow, getJob, listFrontier, readDecision, readLosses } from "./api.js";
-import { chip, el, emptyState, panel, table } from "./elements.js";
+import { chip, el, emptyState, longTable, panel, table } from "./elements.js";
 import { DASH, RETENTION_MEANING, VERDICT_MEANING, clock, count, duration, interval, moment, number, percent, tone, words } from "./format.js";
 import { dropCell, progressBar, statusChip, strategyList, verdictChip } from "./jobs.js";
 import { dropChart, frontierChart, lossChart } from "./plots.js";
@@ -156,7 +156,7 @@ function showDecisions(decisions, job) {
     { label: "Turned", cell: (d) => changes(d) },
     { label: "Reason", cell: (d) => [d.reason, d.origin === "run" ? null : el("span", { class: "sub" }, "on a result posted from outside")] },
   ];
-  return table("Decisions, newest first", columns, decisions);
+  return longTable("Decisions, newest first", columns, decisions);
 }
 
 /** What a decision changed: strengths, learning rate, and where a rollback went. */
@@ -182,7 +182,7 @@ function showCheckpoints(checkpoints, job) {
     { label: "Saved", cell: (c) => moment(c.created_at) },
     { label: "Id", cell: (c) => el("span", { class: "mono wrap small" }, c.id) },
   ];
-  return table("Checkpoints, newest first", columns, checkpoints, (c) => ({ class: c.superseded ? "faded" : null }));
+  return longTable("Checkpoints, newest first", columns, checkpoints, (c) => ({ class: c.superseded ? "faded" : null }));
 }
 
 function showEvents(events, view, toggle) {
