@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from workers.strategies.base import Pull, Tally
+from workers.strategies.base import TALLY_INTERVAL, Pull, Tally
 from workers.strategies.penalties import add_pull_gradients, apply_pulls
 
 Shape = tuple[int, ...]
-REPEATS = 10  # steps timed together in a round: one of them is measured by the tally
+REPEATS = TALLY_INTERVAL  # steps timed together: one of them is measured by the tally
 GOAL = 1.6
 
 

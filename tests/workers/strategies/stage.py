@@ -1,0 +1,243 @@
+"""A tiny causal model in float64, its context, and the reference step that strategies are tested under."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from workers.strategies.base import (
+    Context,
+    Forward,
+    LoraPair,
+    Micro,
+    Strategy,
+    Stream,
+)
+from workers.strategies.penalties import apply_pulls
+
+VOCABULARY = 11
+WIDTH = 6
+F64 = torch.float64
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with a trained low-rank change that can be switched off."""
+
+    def __init__(self, rank: int = 2, scale: float = 1.5) -> None:
+        super().__init__()
+        self.base = nn.Linear(WIDTH, WIDTH, bias=False, dtype=F64)
+        self.lora_A = nn.Parameter(0.4 * torch.randn(rank, WIDTH, dtype=F64))
+        self.lora_B = nn.Parameter(torch.zeros(WIDTH, rank, dtype=F64))
+        self.scale = scale
+        self.is_adapted = True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.base(hidden)
+        if self.is_adapted:
+            out = out + self.scale * (hidden @ self.lora_A.T) @ self.lora_B.T
+        return out
+
+
+class TinyModel(nn.Module):
+    """Embedding, running mean over the past, one layer, tied-free head; dropout shows the mode."""
+
+    def __init__(self, *, lora: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH, dtype=F64)
+        self.layer: nn.Module = (
+            AdaptedLinear() if lora else nn.Linear(WIDTH, WIDTH, bias=False, dtype=F64)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(WIDTH, VOCABULARY, dtype=F64)
+        if lora:
+            self.requires_grad_(requires_grad=False)
+            self.layer.lora_A.requires_grad = True
+            self.layer.lora_B.requires_grad = True
+
+    def forward(self, input_ids_BT: Tensor, positions_N: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids_BT)
+        count = torch.arange(1, hidden.shape[1] + 1, dtype=F64)[:, None]
+        hidden = hidden + self.dropout(torch.tanh(self.layer(hidden.cumsum(1) / count)))
+        out: Tensor = self.head(hidden.reshape(-1, WIDTH)[positions_N])
+        return out
+
+
+def make_model(*, lora: bool = False, dropout: float = 0.0, seed: int = 0) -> TinyModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyModel(lora=lora, dropout=dropout)
+
+
+def make_rows(count: int, seed: int) -> list[list[int]]:
+    """Token ids of unequal lengths."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(3, 9, (1,), generator=rng))
+        rows.append(torch.randint(1, VOCABULARY, (length,), generator=rng).tolist())
+    return rows
+
+
+def make_micro(
+    rows: Sequence[tuple[str, int, list[int], bool]],
+) -> Micro:
+    """One micro-batch of (source, sample id, ids, is task); the first token of a row is a prompt."""
+    width = max(len(ids) for _, _, ids, _ in rows) - 1
+    inputs = torch.zeros(len(rows), width, dtype=torch.int64)
+    positions, targets, owners = [], [], []
+    for index, (_, _, ids, _) in enumerate(rows):
+        inputs[index, : len(ids) - 1] = torch.tensor(ids[:-1])
+        for column in range(1, len(ids) - 1):
+            positions.append(index * width + column)
+            targets.append(ids[column + 1])
+            owners.append(index)
+    return Micro(
+        input_ids_BT=inputs,
+        positions_N=torch.tensor(positions, dtype=torch.int64),
+        targets_N=torch.tensor(targets, dtype=torch.int64),
+        row_of_N=torch.tensor(owners, dtype=torch.int64),
+        weights_N=torch.ones(len(positions)),
+        sources=tuple(source for source, _, _, _ in rows),
+        sample_ids=tuple(sample_id for _, sample_id, _, _ in rows),
+        is_task_B=torch.tensor([is_task for _, _, _, is_task in rows]),
+    )
+
+
+@dataclass
+class Stage:
+    """A run of strategies on the tiny model. One step reads every stream in order, by plain cursors."""
+
+    strategies: Sequence[Strategy]
+    coefs: dict[str, float]
+    lora: bool = False
+    dropout: float = 0.0
+    micro_rows: int = 8
+    learning_rate: float = 0.02
+    batch_size: int = 8
+    training: list[list[int]] = field(default_factory=lambda: make_rows(24, 1))
+    general: list[list[int]] = field(default_factory=lambda: make_rows(20, 2))
+    cached: Any = None
+    start: bool = True
+    is_sorted: bool = True
+
+    def __post_init__(self) -> None:
+        self.model = make_model(lora=self.lora, dropout=self.dropout)
+        self.base = make_model(lora=self.lora).eval()
+        if self.is_sorted:
+            self.strategies = sorted(self.strategies, key=lambda s: s.kind)
+        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        layer: Any = self.model.layer
+        pairs = (
+            (LoraPair("layer", layer.lora_A, layer.lora_B, layer.scale, layer.base.weight),)
+            if self.lora
+            else ()
+        )
+        self.ctx = Context(
+            model=self.model,
+            params=self.params,
+            lora_pairs=pairs,
+            coefs=dict(self.coefs),
+            run_seed=5,
+            device=torch.device("cpu"),
+            batch_size=self.batch_size,
+            num_training_rows=len(self.training),
+            num_general_rows=len(self.general),
+            general_micros=self._general_micros,
+            forward=lambda micro: Forward(self.model(micro.input_ids_BT, micro.positions_N)),
+        )
+        if self.cached is not None:
+            self.ctx.cached = self.cached
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=self.learning_rate)
+        for strategy in self.strategies:
+            strategy.edit_param_groups(self.ctx, [])
+        if self.start:
+            for strategy in self.strategies:
+                strategy.on_task_start(self.ctx)
+        self.step = 0
+        self.losses: list[dict[str, float]] = []
+
+    def _general_micros(self, rows: Sequence[int]) -> Any:
+        for begin in range(0, len(rows), self.micro_rows):
+            part = rows[begin : begin + self.micro_rows]
+            yield make_micro([("general", row, self.general[row], False) for row in part])
+
+    def streams(self) -> tuple[Stream, ...]:
+        domain = Stream("domain", tuple(range(len(self.training))), "training", 1.0, True)
+        streams: tuple[Stream, ...] = (domain,)
+        for strategy in self.strategies:
+            streams = strategy.edit_streams(self.ctx, streams)
+        return streams
+
+    def micros(self) -> list[Micro]:
+        drawn = []
+        for stream in self.streams():
+            store = {"training": self.training, "general": self.general}[stream.store]
+            count = round(stream.rows_per_step * self.batch_size)
+            for k in range(count):
+                row = stream.rows[(self.step * count + k) % len(stream.rows)]
+                drawn.append((stream.name, row, store[row], stream.counts_as_task))
+        size = self.micro_rows
+        return [make_micro(drawn[i : i + size]) for i in range(0, len(drawn), size)]
+
+    def forward(self, micro: Micro) -> Forward:
+        sources: frozenset[str] = frozenset()
+        for strategy in self.strategies:
+            if self.ctx.strength(strategy.kind) > 0:
+                sources |= strategy.needs().teacher_sources
+        logits = self.model(micro.input_ids_BT, micro.positions_N)
+        mask = micro.source_mask_N(sources)
+        if not mask.any():
+            return Forward(logits)
+        with torch.no_grad():
+            teacher = self.base(micro.input_ids_BT, micro.positions_N)[mask]
+        return Forward(logits, teacher, mask)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the next step before hook 9, left in `grad`; the loss's parts go to `losses`."""
+        micros = self.micros()
+        counts: dict[str, float] = {"task": 0.0}
+        for micro in micros:
+            counts["task"] += float(micro.is_task_B[micro.row_of_N].sum())
+            for strategy in self.strategies:
+                for key, count in strategy.count_terms(self.ctx, micro).items():
+                    counts[key] = counts.get(key, 0.0) + count
+        parts: dict[str, float] = {}
+        for micro in micros:
+            out = self.forward(micro)
+            nats_N = F.cross_entropy(out.logits_NV, micro.targets_N, reduction="none")
+            addends = {"task": (nats_N * micro.is_task_B[micro.row_of_N]).sum() / counts["task"]}
+            for strategy in self.strategies:
+                for term in strategy.loss_terms(self.ctx, micro, out):
+                    addends[term.name] = term.coef * term.numerator / counts[term.denominator_key]
+            torch.stack(list(addends.values())).sum().backward()
+            for name, addend in addends.items():
+                parts[name] = parts.get(name, 0.0) + addend.item()
+        self.losses.append(parts)
+        return {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None}
+
+    def train(self, steps: int) -> "Stage":
+        for _ in range(steps):
+            self.ctx.step = self.step
+            self.ctx.learning_rates = dict.fromkeys(self.params, self.learning_rate)
+            for strategy in self.strategies:
+                strategy.on_step_start(self.ctx)
+            self.gradients()
+            for strategy in self.strategies:
+                strategy.add_grads(self.ctx)
+            nn.utils.clip_grad_norm_(list(self.params.values()), 1.0)
+            self.optimizer.step()
+            pulls = [p for s in self.strategies if (p := s.prox_pulls(self.ctx))]
+            apply_pulls(self.params, pulls, self.ctx.learning_rates)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+        return self
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
