@@ -45,6 +45,10 @@ async def receive_upload(
         BadRequest: Not a form, or one without a file.
         TooLarge: The file is over the limit.
     """
+    told = request.headers.get("content-length", "")
+    if told.isdigit() and int(told) > max_bytes + OVERHEAD_BYTES:
+        await discard_body(request)
+        raise too_large(max_bytes)
     target, path = _open_temporary(directory)
     try:
         with target:

@@ -5,7 +5,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Job, ModelVersion
+from app.db.models import BaseModel, Checkpoint, Job, ModelVersion
 from app.db.repositories.catalog import CatalogRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.db.repositories.registry import RegistryRepository
@@ -15,6 +15,8 @@ from app.domain.requests import PublishPoint
 from app.domain.spec import ExportSpec, JobSpec
 from app.domain.states import JobKind, JobState
 from app.errors import Conflict, Forbidden
+from app.services.decisions import START
+from app.services.evaluations import row_id
 from app.services.events import add_job_event
 from app.services.storage import Storage
 
@@ -158,13 +160,11 @@ def _tuned_checkpoint(session: Session, job: Job) -> UUID:
             "fine_tuning_job_id",
             "job_not_ended",
         )
-    version = (
-        None if job.model_version_id is None else session.get(ModelVersion, job.model_version_id)
-    )
-    if version is not None and version.checkpoint_id is not None:
-        return version.checkpoint_id
-    if job.ckpt_id is not None:
-        return job.ckpt_id
+    told = (job.report or {}).get("checkpoint_id")
+    if told not in {None, START}:
+        checkpoint = session.get(Checkpoint, row_id(str(told)))
+        if checkpoint is not None and checkpoint.job_id == job.id and not checkpoint.deleted_at:
+            return checkpoint.id
     raise Conflict(
         "The job left no tuned checkpoint to publish from.", "fine_tuning_job_id", "no_checkpoint"
     )
