@@ -41,5 +41,9 @@ def store_benchmark(
     session: Session, file: File, num_items: int, **overrides: Any
 ) -> BenchmarkVersion:
     """A benchmark version of a stored file of items."""
-    fields = {"file_id": file.id, "items_sha256": file.sha256, "num_items": num_items}
+    fields: dict[str, Any] = {
+        "file_id": file.id,
+        "items_sha256": file.sha256,
+        "num_items": num_items,
+    }
     return make_benchmark(session, **fields | overrides)

@@ -45,7 +45,8 @@ class Talk:
         line = self._lines.readline()
         if not line:
             sys.exit(1)
-        return json.loads(line)
+        found: dict[str, Any] = json.loads(line)
+        return found
 
     def hear_within(self, seconds: float) -> dict[str, Any] | None:
         self._socket.settimeout(seconds)

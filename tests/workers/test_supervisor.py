@@ -26,7 +26,7 @@ from app.domain.decisions import ControllerState
 from app.domain.messages import Order
 from app.domain.states import JobState
 from app.services.control import request_cancel, request_pause, resume_job
-from app.services.engine import CrashRules
+from app.services.engine import CrashRules, claim_job
 from app.services.reaping import reap
 from app.services.storage import Storage
 from app.settings import Settings
@@ -96,7 +96,7 @@ class World:
         with transaction(self.factory) as session:
             return list(session.scalars(select(kind).order_by(kind.seq)))
 
-    def notes(self, code: str) -> list[JobEvent]:
+    def notes(self, code: str) -> list[Any]:
         return [row for row in self.rows(JobEvent) if (row.data or {}).get("code") == code]
 
     def reaches(self, step: int) -> None:
@@ -424,8 +424,6 @@ class TestNode:
     def test_a_claim_whose_reply_was_lost_is_taken_up(self, world: World):
         node = world.node("whole")
         with transaction(world.factory) as session:
-            from app.services.engine import claim_job
-
             claim_job(session, worker_id=node.worker_id, free_slots=1, queues=("default",), ttl=60)
         node._may_hold_unknown = True
         assert node.serve() == 1

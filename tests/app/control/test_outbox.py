@@ -38,7 +38,7 @@ def add_jobs(factory: SessionFactory, number: int, *, seconds: float = 0) -> lis
 
 def num_rung(redis_url: str) -> int:
     with redis.Redis.from_url(redis_url) as client:
-        return int(client.llen(LIST))  # type: ignore[arg-type]
+        return int(client.llen(LIST))
 
 
 def undone(factory: SessionFactory) -> list[OutboxMessage]:

@@ -2,7 +2,9 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -39,9 +41,15 @@ TTL = 60.0
 RULES = engine.CrashRules(max_crashes=3, ttl=TTL)
 
 
-def claim(session: Session, worker_id: str = "worker", free_slots: int = 1, **overrides):
-    arguments = {"queues": ("default",), "ttl": TTL} | overrides
-    return engine.claim_job(session, worker_id=worker_id, free_slots=free_slots, **arguments)
+def claim(
+    session: Session,
+    worker_id: str = "worker",
+    free_slots: int = 1,
+    queues: Sequence[str] = ("default",),
+) -> Job | None:
+    return engine.claim_job(
+        session, worker_id=worker_id, free_slots=free_slots, queues=queues, ttl=TTL
+    )
 
 
 def events(session: Session, job: Job) -> list[JobEvent]:
@@ -141,7 +149,7 @@ class TestClaim:
 
         def take_all(worker_id: str) -> list[UUID]:
             start.wait()
-            taken = []
+            taken: list[UUID] = []
             while True:
                 with transaction(committed_factory) as session:
                     job = claim(session, worker_id)
@@ -406,7 +414,7 @@ class TestTransitions:
         self, session: Session, before: JobState, after: JobState
     ):
         job = make_job(session, state=before)
-        values = {"state": after, "finished_at": func.clock_timestamp()}
+        values: dict[str, Any] = {"state": after, "finished_at": func.clock_timestamp()}
         if after.is_leased:
             values |= {"worker_id": "w", "lease_expires_at": lease(5), "finished_at": None}
         elif not after.is_terminal:
