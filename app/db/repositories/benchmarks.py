@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy import func, or_, select
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from app.db.models import Benchmark, BenchmarkVersion, SuiteEntry
@@ -117,7 +118,7 @@ class BenchmarkRepository:
         found = self._session.scalars(
             select(BenchmarkVersion)
             .where(BenchmarkVersion.benchmark_id.in_([b.id for b in benchmarks]))
-            .distinct(BenchmarkVersion.benchmark_id)
+            .ext(distinct_on(BenchmarkVersion.benchmark_id))
             .order_by(BenchmarkVersion.benchmark_id, BenchmarkVersion.version.desc())
         )
         return {version.benchmark_id: version for version in found}

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+import structlog
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session
@@ -15,6 +16,11 @@ from app.main import create_app
 from app.services.keys import create_key
 from app.settings import Settings
 from tests.factories import make_base_model, make_file, make_project
+
+# The default formatter draws every local variable: many seconds for one failed request.
+structlog.configure(
+    processors=[structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+)
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 

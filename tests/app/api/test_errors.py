@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import pkgutil
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -113,7 +114,7 @@ def test_without_a_database_the_answer_is_503_and_worth_sending_again(settings: 
 
 def test_of_a_union_the_branch_that_got_furthest_speaks() -> None:
     body = {"retention": {"strategies": [{"type": "ewc", "strength": -1}]}}
-    errors = [
+    errors: list[dict[str, Any]] = [
         {
             "loc": ("body", "retention", "strategies", "tuple[x]", 0, "ewc", "strength"),
             "msg": "too small",
@@ -132,5 +133,7 @@ def test_of_a_union_the_branch_that_got_furthest_speaks() -> None:
 
 
 def test_a_missing_field_is_named() -> None:
-    errors = [{"loc": ("body", "model"), "msg": "Field required", "type": "missing"}]
+    errors: list[dict[str, Any]] = [
+        {"loc": ("body", "model"), "msg": "Field required", "type": "missing"}
+    ]
     assert describe_invalid(errors, {}) == ("model: Field required", "model")
