@@ -193,4 +193,5 @@ def _tell(
     types = ["retention.regression_detected"] if reading.verdict is Verdict.REGRESS else []
     types += [WEBHOOKS[decision.action]] if decision.action in WEBHOOKS else []
     for kind in types:
-        emit_event(session, project_id=job.project_id, type=kind, data=data["decision"], job=job)
+        about = {"decision": data["decision"]}
+        emit_event(session, project_id=job.project_id, type=kind, data=about, job=job)
