@@ -109,9 +109,10 @@ class Ewc(Strategy):
     def on_task_start(self, ctx: Context) -> None:
         """Measures the Fisher and takes the anchor."""
         rows = _choose_rows(ctx, self.fisher_samples, self.kind)
+        seed = ctx.generator(self.kind).initial_seed()
 
         def measure() -> dict[str, Tensor]:
-            return measure_fisher(ctx, rows, self.fisher_type, ctx.generator(self.kind))
+            return measure_fisher(ctx, rows, self.fisher_type, seed)
 
         if self.importance:
             measured = measure()  # of weights that other jobs don't share
@@ -169,11 +170,9 @@ class Ewc(Strategy):
     def state_dict(self) -> StateDict:
         """Fisher and anchor."""
         anchors = {f"anchor/{name}": anchor for name, anchor in self.anchor.items()}
-        return {
-            **super().state_dict(),
-            "tensors": {**self.importance, **anchors},
-            "scalars": {"measured": self._tally.save()},
-        }
+        tensors = {**self.importance, **anchors}
+        scalars = {"measured": self._tally.save()}
+        return {**super().state_dict(), "tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Takes up a saved Fisher and anchor.
@@ -200,7 +199,7 @@ class Ewc(Strategy):
 
 
 def measure_fisher(
-    ctx: Context, rows: Sequence[int], fisher_type: FisherType, generator: torch.Generator
+    ctx: Context, rows: Sequence[int], fisher_type: FisherType, seed: int
 ) -> dict[str, Tensor]:
     """The diagonal Fisher per token at the weights as they are, neither clipped nor normalised.
 
@@ -213,7 +212,7 @@ def measure_fisher(
         ctx: Of the run.
         rows: General rows to read; every rank reads its share.
         fisher_type: Which.
-        generator: Its seed fixes the sampled labels, row by row, whatever the micro-batches.
+        seed: Fixes the sampled labels, row by row, whatever the micro-batches.
 
     Returns:
         `importance/<parameter>`, or with adapters the means of each adapted base weight's Fisher over
@@ -223,7 +222,7 @@ def measure_fisher(
         ValueError: No supervised token among the rows, or a Fisher that is zero or not finite.
     """
     if ctx.lora_pairs:
-        fisher, num_tokens = _measure_factors(ctx, rows, fisher_type, generator)
+        fisher, num_tokens = _measure_factors(ctx, rows, fisher_type, seed)
     else:
         fisher = {f"importance/{n}": _zeros(p.shape, p) for n, p in ctx.params.items()}
 
@@ -232,7 +231,7 @@ def measure_fisher(
             wide = grad.to(total.dtype)
             total.addcmul_(wide, wide)
 
-        num_tokens = _sum_scores(ctx, ctx.params, rows, fisher_type, generator, add_square)
+        num_tokens = _sum_scores(ctx, ctx.params, rows, fisher_type, seed, add_square)
     count = torch.tensor(float(num_tokens), dtype=torch.float64, device=ctx.device)
     for total in (*fisher.values(), count):
         ctx.all_reduce(total)
@@ -291,7 +290,7 @@ def _quantile(values: Sequence[Tensor], quantile: float) -> float:
 
 
 def _measure_factors(
-    ctx: Context, rows: Sequence[int], fisher_type: FisherType, generator: torch.Generator
+    ctx: Context, rows: Sequence[int], fisher_type: FisherType, seed: int
 ) -> tuple[dict[str, Tensor], int]:
     """Row and column means of the Fisher of the base weights, a few layers' gradients at a time."""
     fisher: dict[str, Tensor] = {}
@@ -308,8 +307,7 @@ def _measure_factors(
 
     num_tokens = 0
     for group in _groups({pair.name: pair.base_weight for pair in ctx.lora_pairs}):
-        with _requiring_grad(list(group.values())):
-            num_tokens = _sum_scores(ctx, group, rows, fisher_type, generator, add_means)
+        num_tokens = _sum_scores(ctx, group, rows, fisher_type, seed, add_means)
     return fisher, num_tokens
 
 
@@ -318,17 +316,16 @@ def _sum_scores(
     weights: Mapping[str, nn.Parameter],
     rows: Sequence[int],
     fisher_type: FisherType,
-    generator: torch.Generator,
+    seed: int,
     add: Callable[[str, Tensor], None],
 ) -> int:
     """Hands every score's gradient to `add`; returns this rank's supervised tokens."""
     if ctx.forward is None:
         raise ValueError("ewc: the context gives no forward")
     names, tensors = list(weights), list(weights.values())
-    seed = generator.initial_seed()
     num_rows = 1 if fisher_type == "empirical" else math.ceil(len(rows) / NUM_SQUARES)
     num_tokens = 0
-    with _evaluating(ctx.model), torch.enable_grad():
+    with _prepared(ctx.model, tensors), torch.enable_grad():
         for micro in ctx.general_micros(rows):
             for part in micro.split(num_rows):
                 if not part.positions_N.numel():
@@ -336,7 +333,7 @@ def _sum_scores(
                 logits_NV = ctx.forward(part).logits_NV
                 targets_N = part.targets_N
                 if fisher_type == "true":
-                    targets_N = sample_labels(logits_NV.detach(), part, generator, seed)
+                    targets_N = sample_labels(logits_NV.detach(), part, seed)
                 wide_NV = logits_NV.to(wide_type(logits_NV))
                 loss = F.cross_entropy(wide_NV, targets_N, reduction="sum")
                 # Not backward(): gradients of the parameters stay as they are.
@@ -348,11 +345,12 @@ def _sum_scores(
     return num_tokens
 
 
-def sample_labels(logits_NV: Tensor, micro: Micro, generator: torch.Generator, seed: int) -> Tensor:
+def sample_labels(logits_NV: Tensor, micro: Micro, seed: int) -> Tensor:
     """A label for each position, drawn from the model by inverting its distribution function.
 
     The draws of a row follow from (seed, sample id) alone, so they do not depend on how rows are grouped.
     """
+    generator = torch.Generator()
     counts = torch.bincount(micro.row_of_N, minlength=len(micro.sample_ids)).tolist()
     draws = []
     for sample_id, count in zip(micro.sample_ids, counts, strict=True):
@@ -391,8 +389,11 @@ def _groups(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parame
 
 
 @contextlib.contextmanager
-def _requiring_grad(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def _prepared(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode, and gradients for the weights, inside; all as it was afterwards."""
+    was_training = model.training
     before = [weight.requires_grad for weight in weights]
+    model.eval()
     try:
         for weight in weights:
             weight.requires_grad = True
@@ -400,15 +401,6 @@ def _requiring_grad(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for weight, flag in zip(weights, before, strict=True):
             weight.requires_grad = flag
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
         model.train(was_training)
 
 

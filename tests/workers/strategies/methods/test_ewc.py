@@ -91,7 +91,7 @@ def regression():
 
 def test_empirical_fisher_of_softmax_regression_is_the_closed_form(regression):
     ctx, x, y, q = regression
-    measured = measure_fisher(ctx, range(40), "empirical", generator())["importance/weight"]
+    measured = measure_fisher(ctx, range(40), "empirical", 0)["importance/weight"]
     residual = q - F.one_hot(y, 4)
     expected = torch.einsum("nk,nj->kj", residual**2, x**2) / 40
     torch.testing.assert_close(measured, expected, rtol=1e-12, atol=0)
@@ -101,22 +101,19 @@ def test_true_fisher_of_softmax_regression_is_unbiased_and_not_the_empirical(reg
     ctx, x, y, q = regression
     expected = torch.einsum("nk,nj->kj", q * (1 - q), x**2) / 40  # = the diagonal Hessian
     empirical = torch.einsum("nk,nj->kj", (q - F.one_hot(y, 4)) ** 2, x**2) / 40
-    runs = [
-        measure_fisher(ctx, range(40), "true", generator(seed))["importance/weight"]
-        for seed in range(60)
-    ]
+    runs = [measure_fisher(ctx, range(40), "true", seed)["importance/weight"] for seed in range(60)]
     mean = torch.stack(runs).mean(0)
     assert (mean - expected).abs().sum() / expected.sum() < 0.06
     assert (empirical - expected).abs().sum() / expected.sum() > 0.3
 
 
-@pytest.mark.parametrize("num_squares", [128, 4])
+@pytest.mark.parametrize("num_squares", [128, 3])
 def test_error_of_the_true_fisher_shrinks_as_one_over_the_root_of_passes(monkeypatch, num_squares):
-    monkeypatch.setattr(ewc, "NUM_SQUARES", num_squares)  # one row a square, and five
-    stage = stage_of(general=make_rows(20, 2))
+    monkeypatch.setattr(ewc, "NUM_SQUARES", num_squares)  # one row a square, and three
+    stage = stage_of(general=make_rows(8, 2))
     expected = flat(enumerated_fisher(stage))
     runs = torch.stack(
-        [flat(measure_fisher(stage.ctx, range(20), "true", generator(seed))) for seed in range(160)]
+        [flat(measure_fisher(stage.ctx, range(8), "true", seed)) for seed in range(160)]
     )
 
     def error(passes):
@@ -129,7 +126,7 @@ def test_error_of_the_true_fisher_shrinks_as_one_over_the_root_of_passes(monkeyp
 
 def test_squaring_the_mean_of_a_batch_is_not_the_fisher():
     stage = stage_of()
-    exact = flat(measure_fisher(stage.ctx, range(20), "empirical", generator()))
+    exact = flat(measure_fisher(stage.ctx, range(20), "empirical", 0))
     micro = make_micro([("general", i, row, False) for i, row in enumerate(stage.general)])
     loss = F.cross_entropy(stage.model(micro.input_ids_BT, micro.positions_N), micro.targets_N)
     grads = torch.autograd.grad(loss, list(stage.params.values()))
@@ -139,7 +136,7 @@ def test_squaring_the_mean_of_a_batch_is_not_the_fisher():
 @pytest.mark.parametrize("micro_rows", [1, 3, 20])
 def test_empirical_fisher_is_exact_document_by_document(micro_rows):
     stage = stage_of(micro_rows=micro_rows)
-    measured = measure_fisher(stage.ctx, range(20), "empirical", generator())
+    measured = measure_fisher(stage.ctx, range(20), "empirical", 0)
     total = {name: torch.zeros_like(p) for name, p in stage.params.items()}
     tokens = 0
     for row in stage.general:
@@ -161,14 +158,14 @@ def test_the_pass_leaves_no_trace():
     stage.layer_grad = torch.ones_like(stage.model.layer.lora_A)
     stage.model.layer.lora_A.grad = stage.layer_grad
     flags = {n: p.requires_grad for n, p in stage.model.named_parameters()}
-    first = measure_fisher(stage.ctx, range(20), "true", generator())
+    first = measure_fisher(stage.ctx, range(20), "true", 0)
     assert torch.equal(torch.get_rng_state(), rng)
     assert stage.model.training
     assert {n: p.requires_grad for n, p in stage.model.named_parameters()} == flags
     assert all(torch.equal(before[n], p.detach()) for n, p in stage.model.named_parameters())
     assert torch.equal(stage.layer_grad, torch.ones_like(stage.layer_grad))
     assert stage.model.layer.base.weight.grad is None
-    again = measure_fisher(stage.ctx, range(20), "true", generator())  # dropout is off
+    again = measure_fisher(stage.ctx, range(20), "true", 0)  # dropout is off
     assert all(torch.equal(first[n], again[n]) for n in first)
 
 
@@ -181,8 +178,8 @@ def test_factors_with_adapters_are_the_means_of_the_full_fisher():
                 "layer.weight": adapted.model.layer.base.weight,
             }
         )
-    whole = measure_fisher(full.ctx, range(20), "true", generator(4))["importance/layer.weight"]
-    factors = measure_fisher(adapted.ctx, range(20), "true", generator(4))
+    whole = measure_fisher(full.ctx, range(20), "true", 4)["importance/layer.weight"]
+    factors = measure_fisher(adapted.ctx, range(20), "true", 4)
     torch.testing.assert_close(factors["rows/layer"], whole.mean(1))
     torch.testing.assert_close(factors["columns/layer"], whole.mean(0))
 
@@ -193,16 +190,17 @@ def test_groups_of_layers_measure_what_all_at_once_do(monkeypatch):
         "head", *(stage.model.layer.lora_A, stage.model.layer.lora_B), 1.0, stage.model.head.weight
     )
     stage.ctx.lora_pairs = (*stage.ctx.lora_pairs, other)
-    at_once = measure_fisher(stage.ctx, range(20), "true", generator())
+    at_once = measure_fisher(stage.ctx, range(20), "true", 0)
     monkeypatch.setattr(ewc, "GROUP_ELEMENTS", 1)
-    one_by_one = measure_fisher(stage.ctx, range(20), "true", generator())
+    one_by_one = measure_fisher(stage.ctx, range(20), "true", 0)
     assert at_once.keys() == one_by_one.keys()
-    assert all(torch.equal(at_once[n], one_by_one[n]) for n in at_once)
+    for name, value in at_once.items():
+        torch.testing.assert_close(one_by_one[name], value, rtol=1e-12, atol=0)
 
 
 def test_normalised_mean_and_maximum_are_one():
     stage = stage_of()
-    fisher = measure_fisher(stage.ctx, range(20), "true", generator())
+    fisher = measure_fisher(stage.ctx, range(20), "true", 0)
     assert float(flat(normalize_fisher(fisher, "mean")).mean()) == pytest.approx(1.0)
     assert float(flat(normalize_fisher(fisher, "max")).max()) == pytest.approx(1.0)
     assert torch.equal(flat(normalize_fisher(fisher, "none")), flat(fisher))
@@ -318,7 +316,7 @@ def test_states_that_do_not_fit_are_refused(lora):
     with pytest.raises(ValueError, match="shape"):
         fresh.load_state_dict({**state, "tensors": {**state["tensors"], name: torch.zeros(1)}})
     with pytest.raises(ValueError, match="belongs to no"):
-        fresh.load_state_dict({**state, "tensors": {**missing, name: torch.zeros(1), "x": name}})
+        fresh.load_state_dict({**state, "tensors": {**state["tensors"], "x": torch.zeros(1)}})
     fresh.load_state_dict(state)
     assert torch.equal(flat(fresh.importance), flat(stage.strategies[0].importance))
 
