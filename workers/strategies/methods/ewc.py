@@ -117,17 +117,25 @@ class Ewc(Strategy):
         if self.importance:
             measured = measure()  # of weights that other jobs don't share
         else:
-            measured = ctx.cached(f"ewc/fisher/1/{self.fisher_type}/{len(rows)}", measure)
+            measured = ctx.cached(f"ewc/fisher/2/{self.fisher_type}/{len(rows)}", measure)
         clipped = clip_at_quantile(measured, self.fisher_clip)
         self.consolidate(ctx, normalize_fisher(clipped, self.fisher_normalize))
 
     def consolidate(self, ctx: Context, fisher: Mapping[str, Tensor]) -> None:
         """F~ = gamma * F~ + F, and the weights as they are become the anchor (a copy)."""
-        former = self.importance
-        self.importance = {
-            name: self.gamma * former[name] + value if former else value
-            for name, value in fisher.items()
-        }
+        former, self.importance = self.importance, dict(fisher)
+        for name in former:
+            kind, _, layer = name.partition("/")
+            if kind == "importance":
+                self.importance[name] = self.gamma * former[name] + fisher[name]
+            elif kind == "rows":
+                rows, columns = name, f"columns/{layer}"
+                parts = [
+                    (weight * f[rows] * f[columns].mean(), weight * f[columns] * f[rows].mean())
+                    for weight, f in ((self.gamma, former), (1.0, fisher))
+                ]  # row and column means of a sum are the sums of those of its addends
+                self.importance[rows] = parts[0][0] + parts[1][0]
+                self.importance[columns] = _relative(parts[0][1] + parts[1][1])
         if not ctx.lora_pairs:
             self.anchor = {
                 name: p.detach().to(wide_type(p), copy=True) for name, p in ctx.params.items()
@@ -143,11 +151,13 @@ class Ewc(Strategy):
         if strength <= 0:
             return
         for pair in ctx.lora_pairs:
-            rows_O = self.importance[f"rows/{pair.name}"]
-            columns_I = self.importance[f"columns/{pair.name}"]
-            columns_I = columns_I / rows_O.mean().clamp(min=torch.finfo(rows_O.dtype).tiny)
-            lora_A, lora_B = pair.lora_A.detach(), pair.lora_B.detach()
-            penalty = lora_penalty(lora_A, lora_B, pair.scale, rows_O=rows_O, columns_I=columns_I)
+            penalty = lora_penalty(
+                pair.lora_A.detach(),
+                pair.lora_B.detach(),
+                pair.scale,
+                rows_O=self.importance[f"rows/{pair.name}"],
+                columns_I=self.importance[f"columns/{pair.name}"],
+            )
             add_lora_gradient(
                 pair.lora_A, pair.lora_B, penalty, strength, self._measured, rho=self.rho
             )
@@ -215,8 +225,9 @@ def measure_fisher(
         seed: Fixes the sampled labels, row by row, whatever the micro-batches.
 
     Returns:
-        `importance/<parameter>`, or with adapters the means of each adapted base weight's Fisher over
-        columns, `rows/<layer>`, and over rows, `columns/<layer>`. Float32 or wider.
+        `importance/<parameter>`; with adapters, for each adapted base weight, the means of its Fisher's
+        rows, `rows/<layer>`, and of its columns relative to their mean, `columns/<layer>`: F is about
+        their outer product. Float32 or wider.
 
     Raises:
         ValueError: No supervised token among the rows, or a Fisher that is zero or not finite.
@@ -237,8 +248,8 @@ def measure_fisher(
         ctx.all_reduce(total)
     if not count > 0:
         raise ValueError("ewc: the general rows have no supervised token")
-    for total in fisher.values():
-        total.div_(float(count))
+    for name, total in fisher.items():
+        fisher[name] = _relative(total) if name.startswith("columns/") else total.div_(float(count))
     mean = torch.stack([value.double().mean() for value in fisher.values()]).mean()
     if not (bool(torch.isfinite(mean)) and mean > 0):
         raise ValueError("ewc: the Fisher information is zero or not finite")
@@ -251,23 +262,16 @@ def normalize_fisher(
     """Divides by the mean or the maximum over all weights together, so that strengths transfer."""
     if mode == "none":
         return dict(fisher)
-    totals, sizes, peaks = [], 0, []
+    totals, peaks, size = [], [], 0
     for name, value in fisher.items():
         kind, _, layer = name.partition("/")
-        if kind == "columns":
-            continue
-        width = 1
-        peak = value.max()
-        if kind == "rows":  # F = u v' / mean(u)
-            columns = fisher[f"columns/{layer}"]
-            width = columns.numel()
-            tiny = torch.finfo(value.dtype).tiny
-            peak = peak * columns.max() / value.mean().clamp(min=tiny)
-        totals.append(value.double().sum() * width)
-        sizes += value.numel() * width
-        peaks.append(peak.double())
-    scale = torch.stack(totals).sum() / sizes if mode == "mean" else torch.stack(peaks).max()
-    return {name: value * (1.0 / float(scale)) for name, value in fisher.items()}
+        if kind != "columns":
+            columns = fisher.get(f"columns/{layer}", value.new_ones(()))
+            totals.append(value.double().sum() * columns.double().sum())
+            peaks.append(value.max() * columns.max())
+            size += value.numel() * columns.numel()
+    scale = float(torch.stack(totals).sum() / size if mode == "mean" else torch.stack(peaks).max())
+    return {n: v if n.startswith("columns/") else v * (1.0 / scale) for n, v in fisher.items()}
 
 
 def clip_at_quantile(fisher: Mapping[str, Tensor], quantile: float) -> dict[str, Tensor]:
@@ -402,6 +406,10 @@ def _prepared(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[Non
         for weight, flag in zip(weights, before, strict=True):
             weight.requires_grad = flag
         model.train(was_training)
+
+
+def _relative(values: Tensor) -> Tensor:
+    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:

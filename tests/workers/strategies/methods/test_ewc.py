@@ -181,7 +181,7 @@ def test_factors_with_adapters_are_the_means_of_the_full_fisher():
     whole = measure_fisher(full.ctx, range(20), "true", 4)["importance/layer.weight"]
     factors = measure_fisher(adapted.ctx, range(20), "true", 4)
     torch.testing.assert_close(factors["rows/layer"], whole.mean(1))
-    torch.testing.assert_close(factors["columns/layer"], whole.mean(0))
+    torch.testing.assert_close(factors["columns/layer"], whole.mean(0) / whole.mean())
 
 
 def test_groups_of_layers_measure_what_all_at_once_do(monkeypatch):
@@ -211,13 +211,14 @@ def test_normalised_factors_have_mean_and_maximum_one_over_all_layers():
     fisher = {}
     for layer, shape in (("a", (5, 7)), ("b", (3, 4))):
         matrix = torch.rand(shape, generator=rng, dtype=F64)
-        fisher[f"rows/{layer}"], fisher[f"columns/{layer}"] = matrix.mean(1), matrix.mean(0)
+        fisher[f"rows/{layer}"] = matrix.mean(1)
+        fisher[f"columns/{layer}"] = matrix.mean(0) / matrix.mean()
 
     def entries(factors):
         parts = []
         for layer in "ab":
             rows, columns = factors[f"rows/{layer}"], factors[f"columns/{layer}"]
-            parts.append(torch.outer(rows, columns).flatten() / rows.mean())
+            parts.append(torch.outer(rows, columns).flatten())
         return torch.cat(parts)
 
     assert float(entries(normalize_fisher(fisher, "mean")).mean()) == pytest.approx(1.0)
@@ -287,6 +288,20 @@ def test_former_importance_decays_and_the_anchor_is_a_copy():
     assert strategy.anchor["w"].tolist() == [1.0, 1.0]
 
 
+def test_former_factors_decay_like_the_fishers_they_stand_for():
+    rng = generator(3)
+    stage = stage_of(lora=True)
+    fishers = [torch.rand(5, 7, generator=rng, dtype=F64) for _ in range(3)]
+    strategy, total = Ewc(gamma=0.5), torch.zeros(5, 7, dtype=F64)
+    for fisher in fishers:
+        factors = {"rows/layer": fisher.mean(1), "columns/layer": fisher.mean(0) / fisher.mean()}
+        strategy.consolidate(stage.ctx, factors)
+        total = 0.5 * total + fisher
+    ours = strategy.importance
+    torch.testing.assert_close(ours["rows/layer"], total.mean(1))
+    torch.testing.assert_close(ours["columns/layer"], total.mean(0) / total.mean())
+
+
 def test_a_later_task_measures_its_own_weights_past_the_cache():
     calls = []
 
@@ -341,7 +356,7 @@ def test_the_adapter_term_is_zero_before_the_first_step_and_closed_form_after():
     layer.lora_B.data.copy_(torch.randn(WIDTH, 2, generator=rng, dtype=F64))
     strategy.add_grads(stage.ctx)
     rows, columns = strategy.importance["rows/layer"], strategy.importance["columns/layer"]
-    importance = torch.outer(rows, columns) / rows.mean()
+    importance = torch.outer(rows, columns)
     A, B = (x.detach().clone().requires_grad_() for x in (layer.lora_A, layer.lora_B))
     (2.0 * 0.5 * (importance * (layer.scale * B @ A) ** 2).sum()).backward()
     torch.testing.assert_close(layer.lora_A.grad, A.grad)
