@@ -41,6 +41,16 @@ def score_choices(
         chosen = [items[i] for i in batch]
         for i, sums in zip(batch, _score_flat(reader, chosen), strict=True):
             results[i] = sums
+    totals = np.asarray([_tree_tokens(item) for item in items], np.int64)
+    trees = [i for i in branched if reader.takes_trees(int(totals[i]))]
+    if trees and not _trees_agree(reader, items[trees[0]]):
+        trees = []
+    trees.sort(key=lambda i: int(totals[i]))
+    for batch in token_batches(trees, totals, token_budget):
+        chosen = [items[i] for i in batch]
+        for i, sums in zip(batch, _score_trees(reader, chosen), strict=True):
+            results[i] = sums
+    branched = sorted(set(branched) - set(trees))
     branched.sort(key=lambda i: (int(lengths[i]), max(map(len, items[i].choices))))
     for batch in _branched_batches(branched, items, token_budget):
         chosen = [items[i] for i in batch]
@@ -66,6 +76,52 @@ def _score_flat(reader: Reader, items: Sequence[ChoiceItem]) -> Iterator[NDArray
     found = logits - logits.logsumexp(dim=-1, keepdim=True)
     values = found[reader.tensor(row_of_N), reader.tensor(targets_N)].double().cpu().numpy()
     return iter(np.split(values, np.cumsum([len(item.choices) for item in items])[:-1]))
+
+
+def _score_trees(reader: Reader, items: Sequence[ChoiceItem]) -> Iterator[NDArray[np.float64]]:
+    """One row an item: the context, then every choice as a branch that sees the context and itself."""
+    rows = [item.context + [t for choice in item.choices for t in choice[:-1]] for item in items]
+    padded_BT = pad_rows(rows)
+    places_BT = np.zeros_like(padded_BT)
+    branch_BT = np.full_like(padded_BT, -1)  # 0 for the context, -1 for padding
+    columns: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    num_choices = 0
+    for b, item in enumerate(items):
+        end = len(item.context)
+        places_BT[b, :end] = np.arange(end)
+        branch_BT[b, :end] = 0
+        column = end
+        for k, choice in enumerate(item.choices, start=1):
+            width = len(choice) - 1
+            places_BT[b, column : column + width] = np.arange(end, end + width)
+            branch_BT[b, column : column + width] = k
+            start = b * padded_BT.shape[1]
+            columns += [start + end - 1, *range(start + column, start + column + width)]
+            targets += choice
+            owner += [num_choices] * len(choice)
+            column += width
+            num_choices += 1
+    branch = reader.tensor(branch_BT)
+    allowed = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    tree = (reader.tensor(places_BT), allowed.tril()[:, None])
+    logits = reader.logits(reader.tensor(padded_BT), reader.tensor(columns), tree=tree)
+    values = log_probs(logits, reader.tensor(targets)).double().cpu().numpy()
+    sums = np.bincount(owner, weights=values, minlength=num_choices)
+    return iter(np.split(sums, np.cumsum([len(item.choices) for item in items])[:-1]))
+
+
+def _trees_agree(reader: Reader, item: ChoiceItem) -> bool:
+    """Whether a branching row gives what separate rows give: a model may read masks in its own way."""
+    tree = next(_score_trees(reader, [item]))
+    rows = next(_score_branched(reader, [item]))
+    tolerance = 1e-4 if reader.is_exact else 0.05
+    return bool((np.abs(tree - rows) <= tolerance * (1.0 + np.abs(rows))).all())
+
+
+def _tree_tokens(item: ChoiceItem) -> int:
+    return len(item.context) + sum(len(choice) - 1 for choice in item.choices)
 
 
 def _score_branched(reader: Reader, items: Sequence[ChoiceItem]) -> Iterator[NDArray[np.float64]]:

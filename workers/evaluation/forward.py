@@ -41,14 +41,24 @@ class Reader:
         text_config = self.config.get_text_config()
         self.max_tokens: int = int(getattr(text_config, "max_position_embeddings", 0) or 2**20)
         self.vocab_size: int = int(text_config.vocab_size)
+        is_mixed = torch.is_autocast_enabled(self.device.type)
+        self.is_exact = next(model.parameters()).dtype == torch.float32 and not is_mixed
 
-    def logits(self, input_ids_BT: Tensor, positions_N: Tensor, *, cache: Any = None) -> Tensor:  # noqa: ANN401
+    def logits(
+        self,
+        input_ids_BT: Tensor,
+        positions_N: Tensor,
+        *,
+        cache: Any = None,  # noqa: ANN401 - transformers is untyped
+        tree: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Logits (N, V) at flat positions (row * T + column) of these columns.
 
         Args:
             input_ids_BT: Right-padded rows without a mask: causal attention never looks at what follows.
             positions_N: At least one.
             cache: A transformers cache of the columns before, extended in place; None for none.
+            tree: Rows that branch: position ids (B, T), and which columns (B, 1, T, T) each may look at.
         """
         was_chosen = False
 
@@ -63,11 +73,32 @@ class Reader:
             if self._head is not None:
                 handle = self._head.register_forward_pre_hook(choose)
                 stack.callback(handle.remove)
+            more: dict[str, Tensor] = {}
+            if tree is not None:
+                more = {"position_ids": tree[0], "attention_mask": self._mask(tree[1])}
             out = self._model(
-                input_ids=input_ids_BT, past_key_values=cache, use_cache=cache is not None
+                input_ids=input_ids_BT, past_key_values=cache, use_cache=cache is not None, **more
             )
         logits: Tensor = out.logits.reshape(-1, out.logits.shape[-1])
         return logits if was_chosen else logits.index_select(0, positions_N)
+
+    def takes_trees(self, num_tokens: int) -> bool:
+        """Whether attention of every layer follows a mask of ours over rows of this length."""
+        config = self.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        window = getattr(config, "sliding_window", None) or num_tokens
+        return (
+            getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+            and kinds <= {"full_attention", "sliding_attention"}
+            and num_tokens <= min(window, self.max_tokens)
+        )
+
+    def _mask(self, allowed_B1TT: Tensor) -> Tensor:
+        """As the attention in force wants it: SDPA takes booleans, the eager form an addend."""
+        if self.config.get_text_config()._attn_implementation == "sdpa":
+            return allowed_B1TT
+        addend = torch.zeros(allowed_B1TT.shape, device=self.device)
+        return addend.masked_fill(~allowed_B1TT, torch.finfo(addend.dtype).min)
 
     def tensor(self, values: Any) -> Tensor:  # noqa: ANN401 - whatever torch takes
         """An int64 tensor on the model's device."""

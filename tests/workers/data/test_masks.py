@@ -30,7 +30,8 @@ def verbatim(text: str, *spans: tuple[int, int]) -> Rendered:
 
 def encode(tokenizer, rendered) -> tuple[list[int], list[float]]:
     ((ids, weights),) = Encoder(tokenizer).encode([rendered])
-    assert (ids.dtype, weights.dtype) == (np.int32, np.float32)
+    assert ids.dtype == np.int32
+    assert weights.dtype == np.float32
     return ids.tolist(), weights.tolist()
 
 

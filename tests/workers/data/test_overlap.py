@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.rows import parse_item, parse_row
+from app.domain.benchmarks import MultipleChoiceItem, Scorer
+from app.domain.rows import ChatRow, parse_item, parse_row
 from workers.data.overlap import drop_overlapping, item_texts, row_texts
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -49,15 +50,19 @@ def test_the_texts_of_rows_and_items() -> None:
     assert row_texts(parse_row('{"prompt": "p", "completion": "c"}', line_number=1)) == ["p", "c"]
     assert row_texts(parse_row('{"text": "t"}', line_number=1)) == ["t"]
     choice = {"id": "1", "question": "q", "choices": ["a", "b"], "answer": 0}
-    assert item_texts(parse_item(json.dumps(choice), "multiple_choice", line_number=1)) == [
+    assert item_texts(parse_item(json.dumps(choice), Scorer.MULTIPLE_CHOICE, line_number=1)) == [
         "q",
         "q a b",
     ]
     free = {"id": "1", "question": "q", "answer": "a"}
-    assert item_texts(parse_item(json.dumps(free), "exact_match", line_number=1)) == ["q", "q a"]
-    assert item_texts(parse_item('{"id": "1", "text": "t"}', "nll", line_number=1)) == ["t"]
+    assert item_texts(parse_item(json.dumps(free), Scorer.EXACT_MATCH, line_number=1)) == [
+        "q",
+        "q a",
+    ]
+    assert item_texts(parse_item('{"id": "1", "text": "t"}', Scorer.NLL, line_number=1)) == ["t"]
+    assert isinstance(row, ChatRow)
     talk = {"id": "1", "messages": [m.model_dump(exclude_none=True) for m in row.messages]}
-    assert item_texts(parse_item(json.dumps(talk), "nll", line_number=1)) == ["q a"]
+    assert item_texts(parse_item(json.dumps(talk), Scorer.NLL, line_number=1)) == ["q a"]
 
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -67,10 +72,11 @@ DATA = Path(__file__).parents[4] / "shared" / "data"
 def test_real_general_rows_do_not_overlap_a_real_benchmark_but_planted_ones_do() -> None:
     lines = (DATA / "general/alpaca_en/validation.jsonl").read_text().splitlines()
     items = (DATA / "benchmarks/arc_easy/test.jsonl").read_text().splitlines()
-    parsed = [parse_item(x, "multiple_choice", line_number=i) for i, x in enumerate(items, 1)]
+    parsed = [parse_item(x, Scorer.MULTIPLE_CHOICE, line_number=i) for i, x in enumerate(items, 1)]
     texts = [text for item in parsed for text in item_texts(item)]
     rows = [row_texts(parse_row(line, line_number=i)) for i, line in enumerate(lines, 1)]
     assert drop_overlapping(rows, texts) == (list(range(len(rows))), 0)
-    long = next(item.question for item in parsed if len(item.question.split()) > 20)
+    questions = [item.question for item in parsed if isinstance(item, MultipleChoiceItem)]
+    long = next(question for question in questions if len(question.split()) > 20)
     planted = [*rows, ["Tell me: " + long]]
     assert drop_overlapping(planted, texts)[1] == 1

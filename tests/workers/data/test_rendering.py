@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.rows import parse_row
+from app.domain.rows import ChatRow, parse_row
 from app.errors import TrainingFailed
 from tests.tiny import PLAIN_TEMPLATE, make_tokenizer
 from workers.data.masks import Encoder
@@ -146,5 +146,6 @@ def test_real_rows_are_masked_to_their_answers(template) -> None:
     renderer = Renderer(tokenizer, chat_template=template)
     encoded = Encoder(tokenizer).encode([renderer.render_row(row) for row in rows])
     for row, (ids, weights) in zip(rows, encoded, strict=True):
+        assert isinstance(row, ChatRow)
         text = tokenizer.decode(ids[weights > 0], skip_special_tokens=True)
-        assert text.replace("<|im_end|>", "").strip() == row.messages[-1].content.strip()
+        assert text.replace("<|im_end|>", "").strip() == str(row.messages[-1].content).strip()

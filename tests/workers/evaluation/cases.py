@@ -1,7 +1,7 @@
 """A tiny model with its tokenizer, and benchmark files, for the tests of scoring."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ def make_tiny(seed: int = 0) -> Tiny:
 
 
 def make_benchmark(
-    path: Path, scorer: Scorer, items: Sequence[dict[str, object]], name: str = "b"
+    path: Path, scorer: Scorer, items: Sequence[Mapping[str, Any]], name: str = "b"
 ) -> BenchmarkPlan:
     """Writes the items; returns the version's plan."""
     path.write_text("".join(json.dumps(item) + "\n" for item in items))

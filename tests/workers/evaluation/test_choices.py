@@ -6,7 +6,13 @@ import torch
 
 from app.domain.benchmarks import Scorer
 from tests.workers.evaluation.cases import choice_items, make_benchmark, make_tiny
-from workers.evaluation.choices import pick, score_choices
+from workers.evaluation.choices import (
+    _score_branched,
+    _score_trees,
+    _trees_agree,
+    pick,
+    score_choices,
+)
 from workers.evaluation.forward import Reader, scoring
 from workers.evaluation.items import ChoiceItem, prepare
 
@@ -73,3 +79,30 @@ def test_the_highest_sum_wins_the_first_of_equals_and_nothing_when_not_finite() 
 
 def test_no_items_give_no_sums() -> None:
     assert scored(make_tiny(), [], 100) == []
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_branching_rows_and_separate_ones_agree(tmp_path, attention) -> None:
+    tiny = make_tiny()
+    tiny.model.set_attn_implementation(attention)
+    plan = make_benchmark(tmp_path / "b", Scorer.MULTIPLE_CHOICE, choice_items(12))
+    items = prepare(plan, tiny.tokenizer, chat_template=None).choices
+    with scoring(tiny.model):
+        reader = Reader(tiny.model)
+        assert reader.takes_trees(512)
+        assert not reader.takes_trees(513)
+        in_trees = list(_score_trees(reader, items))
+        in_rows = [next(_score_branched(reader, [item])) for item in items]
+        assert _trees_agree(reader, items[0])
+    for found, expected in zip(in_trees, in_rows, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_reads_masks_in_its_own_way_is_scored_without_trees(monkeypatch) -> None:
+    tiny = make_tiny()
+    items = [ChoiceItem([7, 8, 9], [[10, 12], [11, 12], [13, 14, 15]], 0)]
+    wanted = separate_rows(tiny.model.eval(), items)
+    # Branches that see each other: what an ignored mask does.
+    monkeypatch.setattr(Reader, "_mask", lambda self, allowed: torch.ones_like(allowed).tril())
+    (found,) = scored(tiny, items, 4096)
+    assert found == pytest.approx(wanted[0], rel=1e-5)

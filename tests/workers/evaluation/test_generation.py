@@ -31,7 +31,7 @@ def alone(tiny: Tiny, item: QuestionItem, stop_ids: frozenset[int]) -> list[int]
         eos_token_id=sorted(stop_ids),
         pad_token_id=0,
     )
-    ids = out[0, prompt.shape[1] :].tolist()
+    ids: list[int] = out[0, prompt.shape[1] :].tolist()
     return ids[: next((k for k, token in enumerate(ids) if token in stop_ids), len(ids))]
 
 

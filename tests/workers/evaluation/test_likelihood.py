@@ -1,6 +1,7 @@
 """Nats and token counts against a plain forward of each text, and the validation loss."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from workers.evaluation.items import prepare
 from workers.evaluation.likelihood import validation_loss
 
 
-def text_items(n: int) -> list[dict[str, object]]:
-    texts = [{"id": f"t{i}", "text": words(1 + i % 9, i)} for i in range(n)]
+def text_items(n: int) -> list[dict[str, Any]]:
+    texts: list[dict[str, Any]] = [{"id": f"t{i}", "text": words(1 + i % 9, i)} for i in range(n)]
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a dog"}]
     return [*texts, {"id": "chat", "messages": chat}]
 

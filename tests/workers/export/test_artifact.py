@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app.errors import TrainingFailed
 from tests.tiny import PLAIN_TEMPLATE, make_tokenizer
 from tests.workers.export.cases import logits, make_adapted, make_model
-from workers.export.artifact import load_provenance, save_artifact
+from workers.export.artifact import ArtifactKind, load_provenance, save_artifact
 from workers.export.interpolate import Interpolation
 from workers.export.merge import merge_adapter
 
@@ -25,7 +25,7 @@ PROVENANCE = {
 }
 
 
-def save(directory: Path, model, kind: str, alpha: float = 1.0, **more) -> Path:
+def save(directory: Path, model, kind: ArtifactKind, alpha: float = 1.0, **more) -> Path:
     return save_artifact(
         directory / "artifact",
         model,
