@@ -108,8 +108,12 @@ class Ewc(Strategy):
 
     def on_task_start(self, ctx: Context) -> None:
         """Measures the Fisher and takes the anchor."""
-        rows = _choose_rows(ctx, self.fisher_samples, self.kind)
-        seed = ctx.generator(self.kind).initial_seed()
+        if ctx.num_general_rows == 0:
+            raise ValueError("ewc: there are no general rows to measure the Fisher on")
+        generator = ctx.generator(self.kind)
+        seed = generator.initial_seed()
+        order = torch.randperm(ctx.num_general_rows, generator=generator)
+        rows = sorted(order[: self.fisher_samples].tolist())
 
         def measure() -> dict[str, Tensor]:
             return measure_fisher(ctx, rows, self.fisher_type, seed)
@@ -130,12 +134,12 @@ class Ewc(Strategy):
                 self.importance[name] = self.gamma * former[name] + fisher[name]
             elif kind == "rows":
                 rows, columns = name, f"columns/{layer}"
-                parts = [
-                    (weight * f[rows] * f[columns].mean(), weight * f[columns] * f[rows].mean())
-                    for weight, f in ((self.gamma, former), (1.0, fisher))
-                ]  # row and column means of a sum are the sums of those of its addends
-                self.importance[rows] = parts[0][0] + parts[1][0]
-                self.importance[columns] = _relative(parts[0][1] + parts[1][1])
+                # Row and column means of a sum are the sums of those of its addends.
+                addends = ((self.gamma, former), (1.0, fisher))
+                row_means = [w * f[rows] * f[columns].mean() for w, f in addends]
+                column_means = [w * f[columns] * f[rows].mean() for w, f in addends]
+                self.importance[rows] = row_means[0] + row_means[1]
+                self.importance[columns] = _relative(column_means[0] + column_means[1])
         if not ctx.lora_pairs:
             self.anchor = {
                 name: p.detach().to(wide_type(p), copy=True) for name, p in ctx.params.items()
@@ -151,13 +155,10 @@ class Ewc(Strategy):
         if strength <= 0:
             return
         for pair in ctx.lora_pairs:
-            penalty = lora_penalty(
-                pair.lora_A.detach(),
-                pair.lora_B.detach(),
-                pair.scale,
-                rows_O=self.importance[f"rows/{pair.name}"],
-                columns_I=self.importance[f"columns/{pair.name}"],
-            )
+            A, B = pair.lora_A.detach(), pair.lora_B.detach()
+            rows_O = self.importance[f"rows/{pair.name}"]
+            columns_I = self.importance[f"columns/{pair.name}"]
+            penalty = lora_penalty(A, B, pair.scale, rows_O=rows_O, columns_I=columns_I)
             add_lora_gradient(
                 pair.lora_A, pair.lora_B, penalty, strength, self._measured, rho=self.rho
             )
@@ -172,9 +173,7 @@ class Ewc(Strategy):
         return self._pulls(strength)
 
     def metrics(self) -> Mapping[str, float]:
-        """Of the last measured step: `applied_norm` of the displacement (implicit) or of the added
-        gradient, `penalty`, and `capped_share` of the blocks where the cap bound.
-        """
+        """As of the last measured step; `capped_share` is that of the blocks where the cap bound."""
         return self._tally.read()
 
     def state_dict(self) -> StateDict:
@@ -216,13 +215,8 @@ def measure_fisher(
     `true`: labels are sampled from the model at every position, so scores are independent with mean zero,
     and the square of the gradient of a group of rows' *summed* loss is an unbiased sum of squares.
     `empirical`: the gradient of each document's own loss is squared. Weights, gradients, modes and the
-    global RNG are left as they were.
-
-    Args:
-        ctx: Of the run.
-        rows: General rows to read; every rank reads its share.
-        fisher_type: Which.
-        seed: Fixes the sampled labels, row by row, whatever the micro-batches.
+    global RNG are left as they were. The rows are general ones, of which every rank reads its share; the
+    seed fixes the sampled labels row by row, whatever the micro-batches.
 
     Returns:
         `importance/<parameter>`; with adapters, for each adapted base weight, the means of its Fisher's
@@ -235,7 +229,10 @@ def measure_fisher(
     if ctx.lora_pairs:
         fisher, num_tokens = _measure_factors(ctx, rows, fisher_type, seed)
     else:
-        fisher = {f"importance/{n}": _zeros(p.shape, p) for n, p in ctx.params.items()}
+        fisher = {
+            f"importance/{name}": torch.zeros_like(p, dtype=wide_type(p), requires_grad=False)
+            for name, p in ctx.params.items()
+        }
 
         def add_square(name: str, grad: Tensor) -> None:
             total = fisher[f"importance/{name}"]
@@ -299,9 +296,9 @@ def _measure_factors(
     """Row and column means of the Fisher of the base weights, a few layers' gradients at a time."""
     fisher: dict[str, Tensor] = {}
     for pair in ctx.lora_pairs:
-        outputs, inputs = pair.base_weight.shape
-        fisher[f"rows/{pair.name}"] = _zeros((outputs,), pair.base_weight)
-        fisher[f"columns/{pair.name}"] = _zeros((inputs,), pair.base_weight)
+        weight = pair.base_weight.detach()
+        fisher[f"rows/{pair.name}"] = weight.new_zeros(weight.shape[0], dtype=wide_type(weight))
+        fisher[f"columns/{pair.name}"] = weight.new_zeros(weight.shape[1], dtype=wide_type(weight))
 
     def add_means(name: str, grad_OI: Tensor) -> None:
         rows_O, columns_I = fisher[f"rows/{name}"], fisher[f"columns/{name}"]
@@ -371,14 +368,6 @@ def sample_labels(logits_NV: Tensor, micro: Micro, seed: int) -> Tensor:
     return torch.cat(labels)
 
 
-def _choose_rows(ctx: Context, wanted: int, kind: str) -> tuple[int, ...]:
-    available = ctx.num_general_rows
-    if available == 0:
-        raise ValueError("ewc: there are no general rows to measure the Fisher on")
-    order = torch.randperm(available, generator=ctx.generator(kind))
-    return tuple(sorted(order[: min(wanted, available)].tolist()))
-
-
 def _groups(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
     group: dict[str, nn.Parameter] = {}
     size = 0
@@ -410,7 +399,3 @@ def _prepared(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[Non
 
 def _relative(values: Tensor) -> Tensor:
     return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
-
-
-def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.zeros(tuple(shape), dtype=wide_type(like), device=like.device)
