@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -98,7 +99,7 @@ class Script:
             metrics=[metrics] if self.step else [],
         )
 
-    def save(self, *, is_evaluated: bool = False) -> None:
+    def save(self, *, is_evaluated: bool = False, padding: int = 0) -> None:
         directory = (
             self.scratch
             / "checkpoints"
@@ -107,7 +108,7 @@ class Script:
             / f"step-{self.step}"
         )
         directory.mkdir(parents=True)
-        content = f"weights of step {self.step}".encode()
+        content = f"weights of step {self.step}".encode() + bytes(padding)
         (directory / "model.safetensors").write_bytes(content)
         facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         manifest = json.dumps({"step": self.step, "files": {"model.safetensors": facts}})
@@ -302,6 +303,20 @@ class Script:
             "note", level="info", code="slowest", message="slowest", data={"seconds": slowest}
         )
         self.step = self.total
+        self.finish(self.evaluate())
+
+    def saves_too_much(self) -> None:
+        """At step 10 a checkpoint that its worker's store has no room for."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+        self.save()
+        self.train_to(9)
+        self.step = 10
+        self.save(padding=200_000)
+        self.run_to_the_end_from_here()
+
+    def run_to_the_end_from_here(self) -> None:
+        self.train_to(self.total)
         self.finish(self.evaluate())
 
     def shows_itself(self) -> None:

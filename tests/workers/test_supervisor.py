@@ -34,6 +34,7 @@ from tests.factories import make_job, make_project, make_spec, make_training
 from tests.stored import store_base_model, store_file
 from workers.supervisor import Node
 from workers.supervisor.database import Database, is_outage
+from workers.supervisor.scratch import clear_scratch, using
 from workers.supervisor.slots import Slot, Slots
 
 SCRIPT = Path(__file__).with_name("scripted_trainer.py")
@@ -409,6 +410,34 @@ class TestOutages:
                 assert session.scalar(text("SELECT 2")) == 2
             line.close()
 
+    def test_a_full_store_costs_a_checkpoint_and_not_the_run(self, world: World):
+        worker = start_worker(world, "saves_too_much", max_file_bytes=100_000)
+        assert worker.wait(60) == 0
+        job = world.job()
+        assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1), job.error
+        assert [row.step for row in world.rows(Checkpoint)] == [0, 20, 30]
+        [note] = world.notes("disk_full")
+        assert note.data["step"] == 10
+        names = world.storage.list_names(f"jobs/{job.id.hex}/checkpoints/a1/b0")
+        assert names == ["step-0", "step-20", "step-30"]
+
+
+class TestScratch:
+    def test_what_a_killed_worker_left_is_cleared_and_what_is_in_use_is_not(self, tmp_path: Path):
+        left, held = tmp_path / "jobs/x/a1", tmp_path / "jobs/x/a2"
+        left.mkdir(parents=True)
+        (left / ".lock").touch()
+        old, new = tmp_path / "inputs/old", tmp_path / "inputs/new"
+        for path in (old, new):
+            path.mkdir(parents=True)
+        os.utime(old, (0, 0))
+        with using(held):
+            assert sorted(clear_scratch(tmp_path)) == sorted([left, old])
+            assert held.exists()
+            assert new.exists()
+            assert not left.exists()
+        assert not held.exists()
+
 
 class TestNode:
     def test_it_finds_jobs_without_a_bell_and_is_on_the_roll(self, world: World):
@@ -442,10 +471,13 @@ class TestNode:
         other.give_back(taken)
 
 
-def start_worker(world: World, scenario: str) -> "subprocess.Popen[bytes]":
+def start_worker(
+    world: World, scenario: str, *, max_file_bytes: int = -1
+) -> "subprocess.Popen[bytes]":
     """A worker process of its own, in its own process group."""
     code = (
-        "import sys; from app.settings import load_settings;"
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({max_file_bytes}, -1));"
+        " import sys; from app.settings import load_settings;"
         " from workers.supervisor import Node; from workers.supervisor.slots import Slot, Slots;"
         " Node(load_settings(), Slots([Slot(0, None, None)], 'cpu'),"
         f" command=[sys.executable, {str(SCRIPT)!r}, {scenario!r}]).serve()"
@@ -462,6 +494,8 @@ def start_worker(world: World, scenario: str) -> "subprocess.Popen[bytes]":
         env=environment,
         cwd=Path(__file__).resolve().parents[2],
         start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL if max_file_bytes > 0 else None,
     )
 
 

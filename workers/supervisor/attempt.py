@@ -1,7 +1,6 @@
 """One attempt at a job: its inputs brought, its trainer started, heard and ended; whatever happens, recorded."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from workers.supervisor.lease import Holding, Lease
 from workers.supervisor.ledger import GivenUp, Ledger
 from workers.supervisor.process import TrainerProcess
 from workers.supervisor.recorder import Recorder
+from workers.supervisor.scratch import using
 from workers.supervisor.slots import Slot
 
 TICK_SECONDS = 0.2
@@ -89,17 +89,19 @@ class Attempt:
         """Works until the job has ended, was given back or lost."""
         self._lease.start()
         try:
-            self._run()
+            with using(self._scratch.directory):
+                self._run()
         except (Fenced, GivenUp) as error:
             log.warning("worker.job_lost", **self._names(), why=str(error) or "database away")
-        except Exception as error:  # the top of an attempt: logged whole, and the job is not left hanging
+        except (
+            Exception
+        ) as error:  # the top of an attempt: logged whole, and the job is not left hanging
             log.exception("worker.attempt_broke", **self._names())
             with contextlib.suppress(Fenced, GivenUp, SQLAlchemyError):
                 self._recorder.end_crashed(f"The worker failed: {type(error).__name__}.")
         finally:
             self._lease.stop()
             self._ledger.close()
-            shutil.rmtree(self._scratch.directory, ignore_errors=True)
         state = self._recorder.ended
         log.info("worker.attempt_over", **self._names(), state=state and state.value)
         return Ending(state, self._is_device_error)
@@ -131,7 +133,6 @@ class Attempt:
 
     def _prepare(self) -> Prepared:
         """Plans the attempt and brings what it needs; a damaged checkpoint gives way to the one before."""
-        self._scratch.directory.mkdir(parents=True, exist_ok=True)
         while True:
             prepared = self._ledger.write(self._plan)
             for item in prepared.inputs:
@@ -254,6 +255,7 @@ class Attempt:
         else:
             self._is_device_error = code == EXIT_CUDA
             why = self._recorder.crash or reason or _describe(code, process.last_line())
+            log.warning("worker.trainer_crashed", **self._names(), why=why, output=process.tail())
             self._recorder.end_crashed(why)
 
     def _names(self) -> dict[str, str | int]:

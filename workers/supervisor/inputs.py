@@ -1,6 +1,7 @@
 """Bringing a run's inputs to local disk, verified."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -25,16 +26,14 @@ def fetch_input(storage: Storage, item: Input) -> None:
         NotFound: It is not in the store.
         StorageDamaged: Its digest differs.
     """
-    if item.local.exists():
-        return
-    if not item.is_directory:
-        storage.get_file(item.path, item.local, sha256=item.sha256)
-        return
-    try:
-        storage.get_directory(item.path, item.local, sha256=item.sha256)
-    except OSError:
-        if not item.local.exists():  # else another worker brought it meanwhile
-            raise
+    if not item.local.exists():
+        try:
+            bring = storage.get_directory if item.is_directory else storage.get_file
+            bring(item.path, item.local, sha256=item.sha256)
+        except OSError:
+            if not item.local.exists():  # else another worker brought it meanwhile
+                raise
+    os.utime(item.local)  # what is in use is not cleared away
 
 
 def fetch_state(storage: Storage, state: SavedState) -> None:

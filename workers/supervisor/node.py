@@ -13,17 +13,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.db.models import Job
 from app.db.repositories.delivery import WorkerRepository
-from app.db.session import build_engine, build_session_factory, transaction
 from app.errors import Unavailable
 from app.services.engine import adopt_job, claim_job
 from app.services.storage import Storage
 from app.settings import Settings
 from workers.supervisor.attempt import Attempt
-from workers.supervisor.database import is_outage
+from workers.supervisor.database import Database, is_outage
 from workers.supervisor.lease import Holding
+from workers.supervisor.scratch import clear_scratch
 from workers.supervisor.slots import Slot, Slots, find_slots
 
 SIGN_IN_SECONDS = 10.0
+LIMIT_SECONDS = 20.0  # of a claim, and of signing in
 
 log = structlog.get_logger()
 
@@ -49,8 +50,10 @@ class Node:
         self._settings = settings
         self._command = command
         self._storage = Storage(settings.storage_root)
-        self._engine = build_engine(settings.database_url, pool_size=2, application="retain-claims")
-        self._factory = build_session_factory(self._engine)
+        self._claims, self._roll = (
+            Database(settings.database_url, application=name, limit_seconds=LIMIT_SECONDS)
+            for name in ("retain-claims", "retain-roll")
+        )
         self._claiming = threading.Lock()
         self._active: dict[UUID, Attempt] = {}
         self._may_hold_unknown = False  # a claim's reply was lost
@@ -59,7 +62,8 @@ class Node:
         self._servers: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Begins to look for jobs by itself."""
+        """Clears what killed workers left, and begins to look for jobs."""
+        clear_scratch(self._settings.scratch_root)
         self._timer = threading.Thread(target=self._keep_looking, name="poll", daemon=True)
         self._timer.start()
 
@@ -74,9 +78,10 @@ class Node:
             self._timer.join()
         for server in self._servers:
             server.join()
-        with self._outage_logged(), transaction(self._factory) as session:
+        with self._outage_logged(), self._roll.transaction() as session:
             WorkerRepository(session).sign_out(self.worker_id)
-        self._engine.dispose()
+        self._roll.close()
+        self._claims.close()
 
     def serve(self) -> int:
         """Claims and works on jobs until none is left that fits; how many there were."""
@@ -122,14 +127,14 @@ class Node:
     def _claim(self, num_free: int) -> Job | None:
         ttl = self._settings.lease_ttl_seconds
         if num_free and self._may_hold_unknown:
-            with transaction(self._factory) as session:
+            with self._claims.transaction() as session:
                 known = list(self._active)
                 job = adopt_job(session, worker_id=self.worker_id, known=known, ttl=ttl)
             self._may_hold_unknown = job is not None
             if job is not None:
                 return job
         try:
-            with transaction(self._factory) as session:
+            with self._claims.transaction() as session:
                 return claim_job(
                     session,
                     worker_id=self.worker_id,
@@ -160,7 +165,7 @@ class Node:
         server.start()
 
     def _sign_in(self) -> None:
-        with transaction(self._factory) as session:
+        with self._roll.transaction() as session:
             WorkerRepository(session).sign_in(
                 self.worker_id,
                 host=socket.gethostname(),

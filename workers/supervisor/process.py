@@ -86,13 +86,16 @@ class TrainerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
+    def tail(self) -> str:
+        """The end of what it wrote."""
+        with contextlib.suppress(OSError):
+            return self._log_path.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+        return ""
+
     def last_line(self) -> str:
         """The last line it wrote: of a crash, the error."""
-        with contextlib.suppress(OSError):
-            data = self._log_path.read_bytes()[-LOG_TAIL_BYTES:]
-            lines = [line.strip() for line in data.decode(errors="replace").splitlines()]
-            return next((line for line in reversed(lines) if line), "")[:300]
-        return ""
+        lines = [line.strip() for line in self.tail().splitlines()]
+        return next((line for line in reversed(lines) if line), "")[:300]
 
 
 def trainer_command(plan: RunPlan | ExportPlan) -> list[str]:

@@ -1,5 +1,6 @@
 """What a trainer says becomes durable here: stored, written under the fence, answered."""
 
+import errno
 import shutil
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ from workers.supervisor.ledger import Ledger
 
 MAX_KEPT_METRICS = 1000
 BAD_CHECKPOINT = "bad_checkpoint"
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 Localised = TypeVar("Localised", DecisionReply, Order)
 
@@ -127,14 +129,13 @@ class Recorder:
         """Orders from outside that the trainer has not been sent, with local paths."""
         if self._lease.order_version <= self._order_version:
             return []
-        orders = self._ledger.write(
-            partial(
-                progress.list_new_orders,
-                job_id=self._scratch.job_id,
-                branch=self.branch,
-                after=self._order_version,
-            )
+        operation = partial(
+            progress.list_new_orders,
+            job_id=self._scratch.job_id,
+            branch=self.branch,
+            after=self._order_version,
         )
+        orders = self._ledger.write_now(operation) or []
         self._order_version = max([self._order_version, *(order.version for order in orders)])
         return [self.localise(order) for order in orders]
 
@@ -241,8 +242,14 @@ class Recorder:
         self.branch = message.branch
         path = checkpoint_path(job_id, attempt, message.branch, message.step)
         local = self._own(message.directory)
-        self._storage.delete(path)  # of an upload that was broken off
-        self._storage.put_directory(local, path)
+        try:
+            self._storage.delete(path)  # of an upload that was broken off
+            self._storage.put_directory(local, path)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self._skip(message, local)
+            return
         self._local[path] = local
         register = partial(
             register_checkpoint, job_id=job_id, attempt=attempt, message=message, path=path
@@ -252,6 +259,20 @@ class Recorder:
         else:
             self._ledger.write_soon(register)
             self._thin_out()
+
+    def _skip(self, message: CheckpointSaved, local: Path) -> None:
+        """The store is full: training goes on without this checkpoint."""
+        shutil.rmtree(local, ignore_errors=True)
+        operation = partial(
+            engine.note,
+            job_id=self._scratch.job_id,
+            attempt=self._scratch.attempt,
+            level="warn",
+            code="disk_full",
+            message=f"The store has no room for the checkpoint of step {message.step}.",
+            data={"branch": message.branch, "step": message.step},
+        )
+        self._ledger.write_soon(operation)
 
     def _evaluated(self, message: Evaluated) -> DecisionReply:
         operation = partial(
