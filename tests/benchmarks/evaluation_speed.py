@@ -3,6 +3,7 @@
 Run as `python -m tests.benchmarks.evaluation_speed` where `lm-eval` is installed.
 """
 
+import functools
 import importlib.util
 import json
 import statistics
@@ -80,7 +81,7 @@ def _measure(rounds: int) -> dict[str, Any]:
         return [float(value) for value, _ in found]
 
     calls: dict[str, Call] = {"retain": ours}
-    calls |= {f"lm_eval_{size}": (lambda size=size: theirs(size)) for size in BATCH_SIZES}
+    calls |= {f"lm_eval_{size}": functools.partial(theirs, size) for size in BATCH_SIZES}
     rates: dict[str, list[float]] = {name: [] for name in calls}
     values: dict[str, list[float]] = {name: call() for name, call in calls.items()}  # warm-up
     for turn in range(rounds):

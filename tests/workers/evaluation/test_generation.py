@@ -1,5 +1,7 @@
 """Exact match: the greedy continuation of each prompt on its own, whatever the batches; and what is equal."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -146,7 +148,7 @@ def test_what_counts_as_the_answer(tmp_path, text, answers, score) -> None:
 
 def test_the_length_of_an_answer_follows_from_the_accepted_ones(tmp_path) -> None:
     tiny = make_tiny()
-    items = [
+    items: list[dict[str, Any]] = [
         {"id": "a", "question": "q", "answer": "ab", "answers": ["ab", "abcd"]},
         {"id": "b", "question": "q", "answer": "ab", "max_tokens": 3},
     ]
