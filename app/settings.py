@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     stop_grace_seconds: float = Field(default=30, gt=0)
     max_crashes: int = Field(default=3, ge=1)
     max_queued_jobs: int = Field(default=100, ge=1)  # per project
-    queues: Annotated[tuple[str, ...], NoDecode] = ("default",)
+    queues: Annotated[tuple[str, ...], NoDecode] = ("default",)  # RETAIN_QUEUES=a,b
 
     torch_threads: int | None = Field(default=None, ge=1)  # per trainer; None: chosen by model size
     worker_slots: int | None = Field(default=None, ge=1)  # None: one a GPU, else one CPU slot
@@ -46,6 +46,13 @@ class Settings(BaseSettings):
     webhook_schedule_scale: float = Field(default=1.0, gt=0)  # multiplies the retry gaps
     hf_token: SecretStr | None = None
     log_json: bool = False
+
+    @field_validator("queues", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
 
     @property
     def storage_root(self) -> str:
