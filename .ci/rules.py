@@ -17,12 +17,10 @@ def violations(path: Path) -> list[str]:
         match node:
             case ast.Call(func=ast.Attribute(attr="commit")) if name != "app/db/session.py":
                 found.append((node.lineno, "R1", "commit() outside app/db/session.py"))
-            case ast.Assign(targets=targets) if not name.startswith("app/db/models/"):
-                for target in targets:
-                    if isinstance(target, ast.Attribute) and target.attr == "state" and (
-                        isinstance(target.value, ast.Name) and target.value.id == "job"
-                    ):
-                        found.append((node.lineno, "R2", "job.state written outside move_to()"))
+            case ast.Assign(targets=[ast.Attribute(value=ast.Name(id="job"), attr="state")]) if (
+                not name.startswith("app/db/models/")
+            ):
+                found.append((node.lineno, "R2", "job.state written outside move_to()"))
             case _:
                 pass
     return [
