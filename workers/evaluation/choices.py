@@ -43,10 +43,11 @@ def score_choices(
             results[i] = sums
     totals = np.asarray([_tree_tokens(item) for item in items], np.int64)
     trees = [i for i in branched if reader.takes_trees(int(totals[i]))]
-    if trees and not _trees_agree(reader, items[trees[0]]):
+    if trees and not reader.check_trees(lambda: _trees_agree(reader, items[trees[0]])):
         trees = []
     trees.sort(key=lambda i: int(totals[i]))
-    for batch in token_batches(trees, totals, token_budget):
+    most = min(token_budget, CPU_TOKENS) if reader.device.type == "cpu" else token_budget
+    for batch in token_batches(trees, totals, most):
         chosen = [items[i] for i in batch]
         for i, sums in zip(batch, _score_trees(reader, chosen), strict=True):
             results[i] = sums

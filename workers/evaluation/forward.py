@@ -3,8 +3,9 @@
 # Shape letters: B rows, T tokens, N chosen positions, D width, V vocabulary.
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS: Final = 2**24  # of logits made float32 at once: 64 MiB
+
+# What `check_trees` found, by model, attention in force and precision.
+_TREES: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], bool]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -92,6 +96,14 @@ class Reader:
             and kinds <= {"full_attention", "sliding_attention"}
             and num_tokens <= min(window, self.max_tokens)
         )
+
+    def check_trees(self, probe: Callable[[], bool]) -> bool:
+        """The probe's answer for this model, asked once: it depends on its code, not on its weights."""
+        key = (self.config.get_text_config()._attn_implementation, self.is_exact)
+        known = _TREES.setdefault(self._model, {})
+        if key not in known:
+            known[key] = probe()
+        return known[key]
 
     def _mask(self, allowed_B1TT: Tensor) -> Tensor:
         """As the attention in force wants it: SDPA takes booleans, the eager form an addend."""
