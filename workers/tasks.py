@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 import structlog
-from celery import signals
+from celery import bootsteps, signals
 
 from app.broker import TASK
 from app.settings import load_settings
@@ -25,6 +25,19 @@ def get_node() -> Node:
     return _node
 
 
+class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc] - Celery has no types
+    """Starts the node once SIGTERM means drain, and before the wait for a broker that may be away."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, parent: Any) -> None:  # noqa: ANN401, ARG002 - the interface of a step
+        """Begins to look for jobs."""
+        get_node().start()
+
+
+celery.steps["worker"].add(NodeStep)
+
+
 @celery.task(name=TASK)
 def doorbell(job_id: str) -> int:
     """Works on the best queued jobs until none is left, whichever job rang; how many there were."""
@@ -35,11 +48,6 @@ def doorbell(job_id: str) -> int:
 @signals.celeryd_init.connect
 def _size_pool(conf: Any, **_: Any) -> None:  # noqa: ANN401 - Celery has no types
     conf.worker_concurrency = max(get_node().slots.count, 1)
-
-
-@signals.worker_init.connect
-def _begin(**_: Any) -> None:  # noqa: ANN401
-    get_node().start()
 
 
 @signals.worker_shutting_down.connect

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,15 +30,18 @@ from app.db.models import (
     JobEvent,
     ModelVersion,
     Project,
+    Worker,
 )
 from app.db.repositories.jobs import JobRepository
 from app.db.session import SessionFactory, build_engine, build_session_factory, transaction
 from app.domain.benchmarks import Scorer
 from app.domain.policy import EarlyStopping, Ladder, Policy, WatchedBenchmark
+from app.domain.requests import PublishPoint
 from app.domain.states import JobState
 from app.domain.strategies import L2SpConfig
 from app.embedded import Endpoints
 from app.services.control import request_cancel, request_pause, resume_job
+from app.services.registry import publish_point
 from app.services.storage import Storage
 from app.settings import Settings
 from tests.databases import clone_database, drop_database
@@ -66,12 +70,15 @@ class Stack:
     benchmark: str
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
-    def start(self, name: str) -> "subprocess.Popen[bytes]":
+    def start(
+        self, name: str, *, redis_url: str | None = None, queues: str = "default"
+    ) -> "subprocess.Popen[bytes]":
         module = "app.control" if name == "control" else "workers.celery_app"
         settings = self.settings
         environment = os.environ | {
             "RETAIN_DATABASE_URL": settings.database_url or "",
-            "RETAIN_REDIS_URL": settings.redis_url or "",
+            "RETAIN_REDIS_URL": redis_url or settings.redis_url or "",
+            "RETAIN_QUEUES": queues,
             "RETAIN_DATA_DIR": str(settings.data_dir),
             "RETAIN_LEASE_TTL_SECONDS": "3",
             "RETAIN_BEAT_SECONDS": "0.5",
@@ -351,6 +358,44 @@ def test_pause_then_resume_and_cancel(stack: Stack, reference: dict[str, Any]):
     assert stack.ends(cancelled_id).state is JobState.CANCELLED
     stack.wait(lambda: not trainers(cancelled_id), "its trainer is gone")
     stack.check_history(cancelled_id, attempts=1)
+
+
+def test_a_point_of_a_finished_run_is_exported_though_its_trainer_is_killed(
+    stack: Stack, reference: dict[str, Any]
+):
+    job_id = stack.submit()
+    stack.outcome(job_id)
+    with transaction(stack.factory) as session:
+        asked = publish_point(session, stack.ids["project"], job_id, PublishPoint(alpha=0.5))
+        version_id, export_id = asked[0].row.id, asked[1].id
+    [pid] = stack.wait(lambda: trainers(export_id), "its trainer")
+    os.kill(pid, signal.SIGKILL)
+    export = stack.ends(export_id)
+    assert (export.state, export.attempt) == (JobState.SUCCEEDED, 2), export.error
+    with transaction(stack.factory) as session:
+        version = session.get_one(ModelVersion, version_id)
+    assert (version.status, version.alpha, version.kind) == ("ready", 0.5, "full")
+    assert version.verdict is not None
+    storage = Storage(stack.settings.storage_root)
+    weights = storage.read_bytes(f"{version.path}/model.safetensors")
+    assert len(weights) == len(reference["weights"])
+    assert weights != reference["weights"]
+
+
+def test_a_worker_works_and_stops_without_a_broker(stack: Stack):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"redis://127.0.0.1:{server.getsockname()[1]}/0"
+    worker = stack.start("lonely", redis_url=closed, queues="nobody-uses-this")
+
+    def is_on_the_roll() -> bool:
+        with transaction(stack.factory) as session:
+            ids = session.scalars(select(Worker.id)).all()
+        return any(f":{worker.pid}:" in worker_id for worker_id in ids)
+
+    stack.wait(is_on_the_roll, "it signs in")
+    worker.terminate()
+    assert worker.wait(30) == 0
+    assert not is_on_the_roll()
 
 
 def is_alive(pid: int) -> bool:
