@@ -26,7 +26,7 @@ from workers.training.loop import Run, train_step
 from workers.training.ranks import Ranks
 
 VOCABULARY = 4096
-NUM_DOCUMENTS = 96
+NUM_DOCUMENTS = 64
 BATCH_SIZE = 8
 TOKEN_BUDGET = 640  # padded tokens of a bare step: about eight documents
 LEARNING_RATE = 1e-4

@@ -53,7 +53,6 @@ def at(kind, step, branch=None):
 
 
 FEW = (
-    at("evaluated", 4),  # its decision is never made
     at("evaluated", 8),  # the rollback is recorded only by the next attempt
     at("progress", 5, branch=1),
 )
@@ -61,6 +60,7 @@ MANY = (
     at("baseline_measured", 0),
     at("checkpoint_saved", 0),  # saved, never registered
     at("progress", 1),
+    at("evaluated", 4),  # its decision is never made
     at("checkpoint_saved", 8),
     at("checkpoint_saved", 8, branch=1),
     at("evaluated", 12),
