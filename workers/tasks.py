@@ -25,7 +25,7 @@ def get_node() -> Node:
     return _node
 
 
-class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc] - Celery has no types
+class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Starts the node once SIGTERM means drain, and before the wait for a broker that may be away."""
 
     requires = ("celery.worker.components:Pool",)

@@ -72,6 +72,8 @@ def resume_job(session: Session, *, project_id: UUID, job_id: UUID) -> Job:
         Conflict: It is not paused.
     """
     job = _lock(session, project_id, job_id)
+    if job.state is not JobState.PAUSED:  # running and validating_files lead to queued too
+        raise Conflict(f"A job that is {job.state.value} cannot be resumed.", "status")
     job.move_to(JobState.QUEUED)
     job.not_before = func.clock_timestamp()
     job.last_rung_at = None

@@ -356,6 +356,12 @@ class TestControl:
         assert again is not None
         assert (again.id, again.attempt) == (job.id, 2)
 
+    @pytest.mark.parametrize("state", [s for s in JobState if s is not JobState.PAUSED])
+    def test_only_a_paused_job_is_resumed(self, session: Session, state: JobState):
+        job = make_job(session, state=state)
+        with pytest.raises(Conflict, match="cannot be resumed"):
+            resume_job(session, project_id=job.project_id, job_id=job.id)
+
     def test_what_cannot_be_is_refused(self, session: Session):
         queued, over = make_job(session), make_job(session, state=JobState.SUCCEEDED)
         with pytest.raises(Conflict):

@@ -245,7 +245,7 @@ def check(engine: Engine, *, max_examples: int) -> None:
 
 
 def test_every_history_keeps_the_promises(engine: Engine):
-    check(engine, max_examples=12)
+    check(engine, max_examples=25)
 
 
 def test_the_check_finds_an_engine_without_a_fence(engine: Engine, monkeypatch: pytest.MonkeyPatch):
