@@ -360,6 +360,7 @@ def test_pause_then_resume_and_cancel(stack: Stack, reference: dict[str, Any]):
     stack.check_history(cancelled_id, attempts=1)
 
 
+@pytest.mark.slow
 def test_a_point_of_a_finished_run_is_exported_though_its_trainer_is_killed(
     stack: Stack, reference: dict[str, Any]
 ):

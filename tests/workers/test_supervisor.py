@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from app.settings import Settings
 from tests.factories import make_job, make_project, make_spec, make_training
 from tests.stored import store_base_model, store_file
 from workers.supervisor import Node
+from workers.supervisor.channel import PREFIX, Channel, clear_sockets
 from workers.supervisor.database import Database, is_outage
 from workers.supervisor.scratch import clear_scratch, using
 from workers.supervisor.slots import Slot, Slots
@@ -437,6 +439,18 @@ class TestScratch:
             assert new.exists()
             assert not left.exists()
         assert not held.exists()
+
+    def test_sockets_of_killed_workers_are_removed_and_others_are_not(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+        left = Path(tempfile.mkdtemp(prefix=PREFIX))
+        live = Channel()
+        clear_sockets()
+        assert not left.exists()
+        assert Path(live.path).exists()
+        live.close()
+        assert not Path(live.path).exists()
 
 
 class TestNode:

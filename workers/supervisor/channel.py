@@ -1,6 +1,8 @@
 """The Unix socket on which a trainer connects: JSON lines both ways."""
 
 import contextlib
+import fcntl
+import os
 import selectors
 import shutil
 import socket
@@ -14,6 +16,7 @@ from app.domain.messages import DOWNWARD, UPWARD, Downward, Upward
 MAX_LINE_BYTES = 256 * 2**20  # per-item scores of large benchmarks travel in one line
 CHUNK_BYTES = 2**20
 SEND_SECONDS = 30.0
+PREFIX = "retain-talk-"
 
 
 class BrokenTalk(Exception):
@@ -24,7 +27,9 @@ class Channel:
     """Listens under a short path, since a socket's path has at most 108 bytes; takes one connection."""
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="rt-", dir=_short_directory()))
+        self._directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_short_directory()))
+        self._lock = os.open(self._directory, os.O_RDONLY)  # held as long as the socket is in use
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = str(self._directory / "s")
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.bind(self.path)
@@ -75,6 +80,9 @@ class Channel:
         if self._peer is not None:
             self._peer.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _accept(self) -> None:
         peer, _ = self._server.accept()
@@ -107,6 +115,18 @@ class Channel:
             return [UPWARD.validate_json(line) for line in lines]
         except ValidationError as error:
             raise BrokenTalk(f"the trainer sent no message: {error.errors()[0]['msg']}") from error
+
+
+def clear_sockets() -> None:
+    """Removes the paths of workers that were killed."""
+    for directory in Path(_short_directory()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # in use, another user's, or just removed
+            lock = os.open(directory, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _short_directory() -> str:

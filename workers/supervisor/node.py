@@ -18,6 +18,7 @@ from app.services.engine import adopt_job, claim_job
 from app.services.storage import Storage
 from app.settings import Settings
 from workers.supervisor.attempt import Attempt
+from workers.supervisor.channel import clear_sockets
 from workers.supervisor.database import Database, is_outage
 from workers.supervisor.lease import Holding
 from workers.supervisor.scratch import clear_scratch
@@ -64,6 +65,7 @@ class Node:
     def start(self) -> None:
         """Clears what killed workers left, and begins to look for jobs."""
         clear_scratch(self._settings.scratch_root)
+        clear_sockets()
         self._timer = threading.Thread(target=self._keep_looking, name="poll", daemon=True)
         self._timer.start()
 
