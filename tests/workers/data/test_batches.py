@@ -101,7 +101,7 @@ def test_cumulative_rows_of_a_stream_are_exact(batch, share):
 def test_every_store_row_comes_once_a_replay_epoch():
     sampler, _ = make_sampler(batch_size=8)
     rows = tuple(range(3, 120, 2))
-    seen = []
+    seen: list[int] = []
     while len(seen) < 2 * len(rows):
         seen += [
             r.row for r in sampler.draw((domain(400), replay(rows, 0.5))) if r.source == "replay"

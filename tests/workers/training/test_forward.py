@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from app.errors import TrainingFailed
 from tests.tiny import make_llama
@@ -39,7 +40,7 @@ def test_selected_logits_are_those_of_the_whole_forward(tmp_path, kind):
 
 
 def test_a_head_that_does_more_than_project_is_run_whole():
-    class Capped(type(make_llama())):
+    class Capped(LlamaForCausalLM):
         def forward(self, *arguments, **options):
             out = super().forward(*arguments, **options)
             out.logits = 0.05 * torch.tanh(out.logits / 0.05)

@@ -76,6 +76,7 @@ def undisturbed(tmp_path_factory):
     return supervisor
 
 
+@pytest.mark.timeout(900)  # nine processes, each some seconds to start, more on a busy machine
 @pytest.mark.parametrize(
     "kills", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
 )
@@ -128,6 +129,7 @@ def test_the_trainer_dies_when_its_supervisor_hangs_up(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks_killed_and_resumed_end_with_the_same_weights(tmp_path):
     plain = make(tmp_path / "plain", num_processes=2)
     assert plain.spawn() == EXIT_DONE, plain.log()
