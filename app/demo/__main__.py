@@ -125,21 +125,24 @@ def _run_job(client: Client, base: Base, plan: Plan) -> Outcome:
 
 
 class _Progress:
-    """Says how far a job is, when the phase changes and every few seconds."""
+    """Says how far a job is: each phase once, and every few seconds the steps done since."""
 
     def __init__(self) -> None:
-        self._phase: str | None = None
+        self._said: tuple[str, int] | None = None
         self._said_at = 0.0
 
     def __call__(self, job: Json) -> None:
         progress, now = job["progress"], time.monotonic()
-        phase = progress["phase"] or job["status"]
-        if phase == self._phase and now - self._said_at < PROGRESS_SECONDS:
+        phase, step = progress["phase"] or job["status"], progress["step"]
+        is_new_phase = self._said is None or self._said[0] != phase
+        if self._said == (phase, step) or (
+            not is_new_phase and now - self._said_at < PROGRESS_SECONDS
+        ):
             return
-        self._phase, self._said_at = phase, now
+        self._said, self._said_at = (phase, step), now
         left = progress["seconds_remaining"]
         remaining = "" if not left else f", about {left:.0f} s left"
-        _say(f"{phase}: step {progress['step']} of {progress['total_steps']}{remaining}")
+        _say(f"{phase}: step {step} of {progress['total_steps']}{remaining}")
 
 
 def _await_webhooks(receiver: Receiver, job_ids: list[str]) -> int:

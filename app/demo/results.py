@@ -127,8 +127,8 @@ def broken_claims(plain: Outcome, controlled: Outcome) -> list[str]:
     if "roll_back" not in actions:
         broken.append("the controller never rolled back")
     retention = (controlled.job["report"] or {}).get("retention")
-    if retention != "good":
-        broken.append(f"the controlled job ended {retention or controlled.job['status']}, not good")
+    if retention != "held":
+        broken.append(f"the controlled job ended {retention or controlled.job['status']}, not held")
     return broken
 
 

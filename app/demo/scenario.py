@@ -13,7 +13,7 @@ DOMAIN = "tickets"
 NUM_EPOCHS, BATCH_SIZE = 4, 32  # 120 steps over 960 rows
 EVERY_STEP = NUM_EPOCHS * 960 // BATCH_SIZE
 GATE_ITEMS = 2000
-FULL = {"type": "full", "learning_rate": 5e-3, "lr_scheduler": "constant"}
+FULL = {"type": "full", "learning_rate": 5e-3, "lr_scheduler": "cosine"}
 TAG = {"started_by": "retain-demo"}
 HOOK_NAME = "retain-demo"
 HOOKS = (
@@ -150,16 +150,16 @@ def plan_jobs(client: Client, base: Base, seed: int) -> dict[str, Plan]:
             | {"suffix": "controlled", "training": FULL}
             | {
                 "retention": {
-                    "strategies": [{"type": "ewc", "strength": 1, "penalty_mode": "implicit"}],
+                    "strategies": [{"type": "ewc", "strength": 1, "fisher_clip": 1}],
                     "policy": controlled,
                 }
             },
         ),
         "default": Plan(
             "defaults",
-            "an adapter, with the strategies and the policy of a job that says nothing about them",
+            "the same, saying nothing about strategies or limits: the defaults choose",
             common
-            | {"suffix": "defaults", "training": {"type": "lora", "learning_rate": 3e-3}}
+            | {"suffix": "defaults", "training": FULL}
             | {"retention": {"policy": {"benchmarks": watched}}},
         ),
     }
