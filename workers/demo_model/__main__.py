@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from workers.demo_model.writing import describe, draw_all, is_complete, write_lines
+from workers.demo_model.writing import NUM_STEPS, describe, draw_all, is_complete, write_lines
 
 
 def main(arguments: list[str]) -> int:
@@ -16,9 +16,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.demo_model", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make")
     parser.add_argument("--seed", type=int, default=0, help="of data, weights and order")
+    parser.add_argument(
+        "--steps", type=int, default=NUM_STEPS, help="fewer make a worse model, sooner"
+    )
     options = parser.parse_args(arguments)
     out: Path = options.out.resolve()
-    if is_complete(out, options.seed):
+    if is_complete(out, options.seed, options.steps):
         print(f"{out} is complete", flush=True)
         return 0
     if out.exists() and any(out.iterdir()) and not (out / "demo.json").exists():
@@ -27,7 +30,7 @@ def main(arguments: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        build(scratch, options.seed)
+        build(scratch, options.seed, options.steps)
         scratch.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
@@ -38,7 +41,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def build(directory: Path, seed: int) -> None:
+def build(directory: Path, seed: int, num_steps: int) -> None:
     """Writes model, rows, benchmarks and domains, and last demo.json, into the directory."""
     print("generating questions, rows and notes", flush=True)
     samples, files = draw_all(seed)
@@ -51,10 +54,10 @@ def build(directory: Path, seed: int) -> None:
 
     torch.set_num_threads(1)
     print(f"training the base model on {len(samples):,} rows", flush=True)
-    model, tokenizer = pretraining.pretrain(samples, seed, _report)
+    model, tokenizer = pretraining.pretrain(samples, seed, _report, num_steps=num_steps)
     pretraining.save(model, tokenizer, directory / "model")
     paths = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
-    described = describe(seed, directory, paths)
+    described = describe(seed, num_steps, directory, paths)
     (directory / "demo.json").write_text(json.dumps(described, indent=1) + "\n")
 
 

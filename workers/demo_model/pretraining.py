@@ -22,7 +22,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 BATCH_ROWS = 64
-NUM_STEPS = 800
 WARMUP_STEPS = 60
 LEARNING_RATE = 5e-3
 PROMPT_WEIGHT = 0.1  # of a prompt's or note's token in the loss; an answer's counts 1
@@ -32,7 +31,7 @@ LABEL_SMOOTHING = 0.1
 CONTEXT = 256
 
 
-def train_tokenizer(texts: Iterable[str]) -> Any:  # noqa: ANN401 - transformers has no types
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> Any:  # noqa: ANN401 - transformers has no types
     """A byte-level BPE tokenizer that knows the chat template.
 
     Every stretch between special tokens gets a leading space, so a word is the same token at the start
@@ -51,7 +50,7 @@ def train_tokenizer(texts: Iterable[str]) -> Any:  # noqa: ANN401 - transformers
     tokenizer.decoder = ByteLevelDecoder()
     special = [PAD, END, USER, ASSISTANT, SYSTEM]
     trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[AddedToken(token, special=True) for token in special],
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
@@ -94,7 +93,7 @@ def pretrain(
     seed: int,
     report: Callable[[int, int, float, float], None],
     *,
-    num_steps: int = NUM_STEPS,
+    num_steps: int,
 ) -> tuple[Any, Any]:
     """Model and tokenizer trained on the samples in an order that follows from the seed.
 

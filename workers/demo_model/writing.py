@@ -11,10 +11,11 @@ from app.domain.benchmarks import split_items
 from workers.demo_model.domains import DOMAINS, Domain, draw_note
 from workers.demo_model.skills import GENERATORS, SEEN, UNSEEN, Question, Questions, Sample
 
-FORMAT = 1  # of demo.json and all it names; a directory of another format is built again
+FORMAT = 2  # of demo.json and all it names; a directory of another format is built again
+NUM_STEPS = 800  # of pre-training
 MIN_HALF_ITEMS = 2000  # gate items, and report items, of a general benchmark
 MIN_UNSEEN_REPORT_ITEMS = 1000
-ITEMS_A_SKILL = 700
+ITEMS_A_SEEN_SKILL, ITEMS_AN_UNSEEN_SKILL = 550, 1100
 PRETRAINING_ROWS_A_SKILL = 2300
 NUM_NOTES = 4000
 GENERAL_ROWS_A_SKILL = 500
@@ -33,7 +34,12 @@ def draw_all(seed: int) -> tuple[list[Sample], dict[str, list[Json]]]:
     rng = Random(seed)
     questions = Questions(rng)
     files: dict[str, list[Json]] = {}
-    asked = {skill: questions.draw(skill, ITEMS_A_SKILL) for skill in GENERATORS}
+    asked = {
+        skill: questions.draw(
+            skill, ITEMS_AN_UNSEEN_SKILL if skill in UNSEEN else ITEMS_A_SEEN_SKILL
+        )
+        for skill in GENERATORS
+    }
     files["benchmarks/multiple_choice.jsonl"] = list(_items("mc", asked, _multiple_choice))
     files["benchmarks/exact_match.jsonl"] = list(_items("em", asked, _exact_match))
     files["benchmarks/nll.jsonl"] = list(_items("nll", asked, _nll))
@@ -53,11 +59,12 @@ def draw_all(seed: int) -> tuple[list[Sample], dict[str, list[Json]]]:
     return samples, files
 
 
-def describe(seed: int, directory: Path, paths: Iterable[str]) -> Json:
+def describe(seed: int, num_steps: int, directory: Path, paths: Iterable[str]) -> Json:
     """The content of demo.json; paths are relative to the directory."""
     return {
         "format": FORMAT,
         "seed": seed,
+        "steps": num_steps,
         "model": "model",
         "general_data": "general.jsonl",
         "benchmarks": [
@@ -93,13 +100,14 @@ def describe(seed: int, directory: Path, paths: Iterable[str]) -> Json:
     }
 
 
-def is_complete(directory: Path, seed: int) -> bool:
-    """Whether the directory holds everything for this seed, in this format, byte for byte."""
+def is_complete(directory: Path, seed: int, num_steps: int) -> bool:
+    """Whether the directory holds all of this format, seed and number of steps, byte for byte."""
     try:
         described = json.loads((directory / "demo.json").read_text())
         return (
             described["format"] == FORMAT
             and described["seed"] == seed
+            and described["steps"] == num_steps
             and all(
                 _digest(directory / path) == digest for path, digest in described["files"].items()
             )
