@@ -10,10 +10,10 @@ from typing import Any
 from app.demo.client import JOBS, Client, Json
 
 DOMAIN = "tickets"
-NUM_EPOCHS, BATCH_SIZE = 4, 32  # 120 steps over 960 rows
+NUM_EPOCHS, BATCH_SIZE = 8, 64  # 120 steps over 960 rows
 EVERY_STEP = NUM_EPOCHS * 960 // BATCH_SIZE
 GATE_ITEMS = 2000
-FULL = {"type": "full", "learning_rate": 5e-3, "lr_scheduler": "cosine"}
+FULL = {"type": "full", "learning_rate": 5e-3, "warmup_ratio": 0.1}
 TAG = {"started_by": "retain-demo"}
 HOOK_NAME = "retain-demo"
 HOOKS = (

@@ -4,8 +4,14 @@ Everything runs interleaved in one process on one thread, over the same document
 per-round ratios with its range. CPU time is what counts on a shared machine; wall time is given beside it.
 """
 
+import contextlib
 import importlib.util
+import io
+import json
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +41,18 @@ GOALS = {
     "replay_25_percent": (1.30, "at most"),  # 1 + 1.2 r
     "live_teacher": (1.45, "at most"),
     "ewc": (1.05, "at most"),
+    "trl_default": (2.5, "at least"),
+    "trl_packing": (1.25, "at least"),
+    "transformers_trainer": (2.0, "at least"),
+}
+RATIOS = {  # time of the first over time of the second
+    "plain_to_bare": ("bare", "plain"),
+    "replay_25_percent": ("replay_25_percent", "plain"),
+    "live_teacher": ("live_teacher", "plain"),
+    "ewc": ("ewc", "plain"),
+    "trl_default": ("trl_default", "plain"),
+    "trl_packing": ("trl_packing", "plain"),
+    "transformers_trainer": ("transformers_trainer", "plain"),
 }
 Row = tuple[NDArray[np.int32], NDArray[np.float32]]
 
@@ -65,47 +83,72 @@ class Cost:
 
 
 def run(rounds: int = 5) -> dict[str, Any]:
-    """Ratios of this loop to a bare one, and of its strategies to its own plain run.
+    """Ratios of this loop to a bare one, to its strategies, and to the peers that are installed.
 
     Returns:
         For each ratio of GOALS its median by CPU time, range, median by wall time, goal and whether it is met;
-        and tokens per CPU second of both plain loops.
+        tokens per CPU second of every loop; peak memory above imports; the peers that were left out.
     """
     torch.set_num_threads(1)
     documents, general = Documents(NUM_DOCUMENTS, 0), Documents(NUM_DOCUMENTS, 1)
-    with tempfile.TemporaryDirectory() as directory:
-        base = _save_model(Path(directory))
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        base = _save_model(directory)
         passes: dict[str, Callable[[], None]] = {"bare": _bare_loop(documents)}
-        for name, configs in _variants().items():
-            passes[name] = _own_loop(_make_run(base, configs, documents, general))
+        for variant, configs in _variants().items():
+            passes[variant] = _own_loop(_make_run(base, configs, documents, general))
+        for peer, make in _installed_peers().items():
+            passes[peer] = make(documents, directory)
         costs = _interleave(passes, rounds)
     tokens = int(documents.lengths.sum())
-    ratios = {"plain_to_bare": _ratio(costs["bare"], costs["plain"])}
-    ratios |= {name: _ratio(costs[name], costs["plain"]) for name in _variants() if name != "plain"}
-    result: dict[str, Any] = {name: _judge(name, ratio) for name, ratio in ratios.items()}
-    for name in ("bare", "plain"):
-        seconds = statistics.median(cost.cpu for cost in costs[name])
-        result[f"{name}_tokens_per_cpu_second"] = round(tokens / seconds)
-    result |= {"rounds": rounds, "peers": run_peers(rounds)}
-    return result
-
-
-def run_peers(rounds: int = 3) -> dict[str, Any]:
-    """Real tokens per CPU second of other trainers on the same documents, or why they were left out."""
-    documents = Documents(NUM_DOCUMENTS, 0)
-    peers: dict[str, tuple[str, Callable[[Documents], Callable[[], None]]]] = {
-        "transformers_trainer": ("accelerate", _transformers_trainer),
-        "trl_packing": ("trl", _trl_packing),
+    result: dict[str, Any] = {}
+    for key, (slower, faster) in RATIOS.items():
+        if slower in costs:
+            result[key] = _judge(key, _ratio(costs[slower], costs[faster]))
+    result["tokens_per_cpu_second"] = {
+        key: round(tokens / statistics.median(cost.cpu for cost in own))
+        for key, own in costs.items()
     }
-    found: dict[str, Any] = {}
-    for name, (module, make) in peers.items():
-        if importlib.util.find_spec(module) is None:
-            found[name] = f"skipped: {module} is not installed"
-            continue
-        costs = _interleave({name: make(documents)}, rounds)[name]
-        seconds = statistics.median(cost.cpu for cost in costs)
-        found[name] = {"tokens_per_cpu_second": round(int(documents.lengths.sum()) / seconds)}
-    return found
+    result["memory"] = _memory()
+    result["left_out"] = sorted(PEERS.keys() - costs.keys())
+    return result | {"rounds": rounds}
+
+
+def peak_memory(name: str) -> float:
+    """Peak resident MB above what the imports took, of two passes of one loop in this fresh process."""
+    torch.set_num_threads(1)
+    documents = Documents(NUM_DOCUMENTS, 0)
+    with tempfile.TemporaryDirectory() as directory:
+        base = _save_model(Path(directory))
+        if name == "plain":
+            make = lambda: _own_loop(_make_run(base, (), documents, documents))  # noqa: E731
+        else:
+            make = lambda: _installed_peers()[name](documents, Path(directory))  # noqa: E731
+        before = _resident_mb()
+        one_pass = make()
+        one_pass()
+        one_pass()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def _resident_mb() -> float:
+    """Now, in MB; the libraries that a pass would import are loaded first."""
+    import peft  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def _memory() -> dict[str, Any]:
+    """Peak memory of this loop beside transformers' Trainer, each in its own process."""
+    found = {}
+    for name in ("plain", "transformers_trainer"):
+        command = [sys.executable, "-m", "tests.benchmarks.training_speed", "--memory", name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found[name] = round(float(output.splitlines()[-1]))
+    ratio = found["plain"] / found["transformers_trainer"]
+    return found | {"ratio": round(ratio, 2), "goal": "at most 0.6", "met": ratio <= 0.6}
 
 
 def _variants() -> Mapping[str, tuple[StrategyConfig, ...]]:
@@ -264,7 +307,7 @@ def _budget_batches(
     return batches
 
 
-def _transformers_trainer(documents: Documents) -> Callable[[], None]:
+def _transformers_trainer(documents: Documents, directory: Path) -> Callable[[], None]:
     """transformers' Trainer at its defaults: random batches, padded to their longest row."""
     from transformers import Trainer, TrainingArguments
 
@@ -282,56 +325,71 @@ def _transformers_trainer(documents: Documents) -> Callable[[], None]:
             )
         return padded
 
-    model = _model()
-
-    def one_pass() -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            arguments = TrainingArguments(
-                output_dir=directory,
-                per_device_train_batch_size=BATCH_SIZE,
-                num_train_epochs=1,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                optim="adamw_torch_fused",
-                use_cpu=True,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            )
-            Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
-
-    return one_pass
+    arguments = TrainingArguments(**_settings(directory), optim="adamw_torch_fused")
+    trainer = Trainer(model=_model(), args=arguments, train_dataset=rows, data_collator=collate)
+    return lambda: _train(trainer)
 
 
-def _trl_packing(documents: Documents) -> Callable[[], None]:
-    """TRL's SFTTrainer with best-fit packing."""
+def _trl_default(documents: Documents, directory: Path) -> Callable[[], None]:
+    """TRL's SFTTrainer at its defaults: padded batches, gradient checkpointing."""
+    return _trl(documents, {**_settings(directory), "max_length": 256})
+
+
+def _trl_packing(documents: Documents, directory: Path) -> Callable[[], None]:
+    """TRL's SFTTrainer with best-fit packing, checkpointing off; three packs of 256 are about eight documents."""
+    packing = {"packing": True, "max_length": 256, "gradient_checkpointing": False}
+    return _trl(documents, {**_settings(directory), **packing, "per_device_train_batch_size": 3})
+
+
+def _trl(documents: Documents, settings: dict[str, Any]) -> Callable[[], None]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from tests.tiny import make_tokenizer
 
-    dataset = Dataset.from_list([{"input_ids": ids.tolist()} for ids, _ in documents.rows])
-    model, tokenizer = _model(), make_tokenizer()
+    trainer = SFTTrainer(
+        model=_model(),
+        args=SFTConfig(**settings, bf16=False),
+        train_dataset=Dataset.from_list([{"input_ids": i.tolist()} for i, _ in documents.rows]),
+        processing_class=make_tokenizer(),
+    )
+    return lambda: _train(trainer)
 
-    def one_pass() -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            arguments = SFTConfig(
-                output_dir=directory,
-                per_device_train_batch_size=3,  # three packs of 256: about eight documents
-                num_train_epochs=1,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                max_length=256,
-                packing=True,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            )
-            SFTTrainer(
-                model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer
-            ).train()
 
-    return one_pass
+def _settings(directory: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": BATCH_SIZE,
+        "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def _train(trainer: Any) -> None:
+    """One epoch, its log kept off the terminal."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+
+
+Peer = Callable[[Documents, Path], Callable[[], None]]
+PEERS: Mapping[str, tuple[str, Peer]] = {
+    "transformers_trainer": ("accelerate", _transformers_trainer),
+    "trl_default": ("trl", _trl_default),
+    "trl_packing": ("trl", _trl_packing),
+}
+
+
+def _installed_peers() -> Mapping[str, Peer]:
+    return {n: make for n, (module, make) in PEERS.items() if importlib.util.find_spec(module)}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--memory"]:
+        sys.stdout.write(f"{peak_memory(sys.argv[2])}\n")
+    else:
+        sys.stdout.write(json.dumps(run(), indent=1) + "\n")
