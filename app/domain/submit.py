@@ -154,8 +154,6 @@ def resolve_strategies(
             "There is general data and the job trains all weights, so ewc holds those that general ability"
             " rests on and a tenth of general rows is mixed in (replay)."
         )
-    if is_extrapolated:
-        why += f" Their default strengths were never measured above {MEASURED_PARAMETERS:,} parameters."
     return ResolvedStrategies(strategies, why, is_extrapolated)
 
 

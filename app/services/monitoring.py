@@ -70,15 +70,24 @@ def record_baseline(session: Session, job: Job, scores: Sequence[BenchmarkScores
     for found in scores:
         version = watch.versions[row_id(found.benchmark_version_id)]
         merge_baseline(session, watch.baseline_key, version, names[version.id], found)
-    return refresh_power(session, job, watch)
+    general = {row_id(plan.benchmark_version_id) for plan in watch.general()}
+    is_new = any(row_id(found.benchmark_version_id) in general for found in scores)
+    return refresh_power(session, job, watch, is_new=is_new)
 
 
-def refresh_power(session: Session, job: Job, watch: Watch | None = None) -> Power:
-    """Computes the sensor's power from the baselines there are, keeps it on the job and tells it as an event."""
+def refresh_power(
+    session: Session, job: Job, watch: Watch | None = None, *, is_new: bool = True
+) -> Power:
+    """Computes the sensor's power from the baselines there are and keeps it on the job.
+
+    It is told as an event once every watched benchmark has its baseline, when that `is_new`: baselines arrive
+    one by one, and figures from a part of them would mislead.
+    """
     watch = load_watch(session, job) if watch is None else watch
-    found = power(watch.policy, plan_power(session, watch))
+    planned = plan_power(session, watch)
+    found = power(watch.policy, planned)
     job.power = found.model_dump(mode="json")
-    if watch.is_watched:
+    if watch.is_watched and is_new and all(p.baseline is not None for p in planned):
         floors = [name for name, estimate in found.benchmarks.items() if estimate.at_floor]
         add_job_event(
             session,

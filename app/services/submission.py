@@ -21,6 +21,7 @@ from app.domain.runplan import BasePlan
 from app.domain.spec import CreateJob, JobSpec
 from app.domain.states import JobKind, JobState
 from app.domain.submit import (
+    MEASURED_PARAMETERS,
     ResolvedStrategies,
     resolve_policy,
     resolve_strategies,
@@ -258,7 +259,14 @@ def _warn(spec: JobSpec, watched: tuple[Watched, ...], chosen: ResolvedStrategie
             )
         )
     if chosen.is_extrapolated:
-        warnings.append(_warning("extrapolated", chosen.why or "", "retention.strategies"))
+        warnings.append(
+            _warning(
+                "extrapolated",
+                "The strengths that `auto` takes were never measured on a model above"
+                f" {MEASURED_PARAMETERS:,} parameters: read the verdict before you trust them.",
+                "retention.strategies",
+            )
+        )
     return warnings
 
 

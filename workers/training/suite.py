@@ -180,8 +180,14 @@ class Suite:
         ]
 
     def packed(self, marks: Marks, half: Half) -> tuple[BenchmarkScores, ...]:
-        """As they travel."""
-        return tuple(measured.packed(version, half) for version, measured in marks.items())
+        """As they travel: infinite where an item of the half was scored and no finite number came out."""
+        found = []
+        for watched in self.benchmarks:
+            version = watched.plan.benchmark_version_id
+            scores, indices = marks[version].scores.copy(), self.indices(watched, half)
+            scores[indices] = np.where(np.isfinite(scores[indices]), scores[indices], np.inf)
+            found.append(Measured(scores, marks[version].tokens).packed(version, half))
+        return tuple(found)
 
     def mean(
         self, marks: Marks, kind: BenchmarkKind, half: Half, *, at_most: int | None = None
