@@ -77,7 +77,13 @@ export function frontierChart(points, publishedAlpha) {
   const goal = usable("domain") ? "domain" : "valid_loss";
   const isLoss = goal === "valid_loss";
   const rows = points.filter((p) => typeof p.general === "number" && typeof p[goal] === "number").sort((a, b) => a.alpha - b.alpha);
-  const format = isLoss ? number : (v) => percent(v, 0);
+  // As many decimals as tell the ticks apart: a retained model moves by fractions of a percent.
+  const decimals = (key) => {
+    const values = rows.map((p) => p[key]);
+    const span = Math.max(...values) - Math.min(...values);
+    return span > 0.1 ? 0 : span > 0.01 ? 1 : 2;
+  };
+  const format = isLoss ? number : (v) => percent(v, decimals(goal));
   const places = rows.map((p) => ({
     x: p.general, y: p[goal],
     text: `${percent(p.alpha, 0)} of the way: general ${percent(p.general)}, ${isLoss ? `validation loss ${number(p[goal])}` : `domain ${percent(p[goal])}`}`,
@@ -88,7 +94,7 @@ export function frontierChart(points, publishedAlpha) {
   return responsiveChart({
     label: `Frontier of ${rows.length} points from base to tuned. The table below holds the numbers.`,
     xLabel: "general ability", yLabel: isLoss ? "validation loss (nats)" : "domain ability",
-    xFormat: (v) => percent(v, 0), yFormat: format, xPad: 0.08,
+    xFormat: (v) => percent(v, decimals("general")), yFormat: format, xPad: 0.08,
     series: [{ name: "", className: "frontier", points: places, dots: true }],
     labels: named.map((p) => ({ x: p.x, y: p.y, text: [p.name, p.alpha === publishedAlpha ? `published (${percent(p.alpha, 0)})` : null].filter(Boolean).join(", ") })),
     hint: "Point at a dot to read it.",
