@@ -128,7 +128,10 @@ def peak_memory(name: str) -> float:
         one_pass = make()
         one_pass()
         one_pass()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    # ru_maxrss survives exec and would show the parent's peak; VmHWM belongs to this program alone.
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1024 - before
 
 
 def _resident_mb() -> float:
