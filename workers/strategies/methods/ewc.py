@@ -5,27 +5,20 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workers.strategies.anchors import QuadraticAnchor
 from workers.strategies.base import (
     Context,
     Cost,
     Micro,
     Needs,
-    Pull,
-    StateDict,
-    Strategy,
-    Tally,
-    check_tensors,
 )
 from workers.strategies.penalties import (
-    add_lora_gradient,
-    add_pull_gradients,
-    lora_penalty,
     wide_type,
 )
 
@@ -37,7 +30,7 @@ NUM_SQUARES = 128  # of a sampled-label pass: an entry's relative error is about
 FisherType = Literal["true", "empirical"]
 
 
-class Ewc(Strategy):
+class Ewc(QuadraticAnchor):
     """Penalty strength / 2 * sum of F (theta - anchor)^2 with F the diagonal Fisher per token.
 
     With adapters the penalty is on the effective change of each adapted weight, anchored at the frozen
@@ -71,19 +64,12 @@ class Ewc(Strategy):
         gamma: float = 0.95,
         rho: float | None = 5.0,
     ) -> None:
-        self.penalty_mode = penalty_mode
+        super().__init__(penalty_mode, rho)
         self.fisher_type: FisherType = fisher_type
         self.fisher_samples = fisher_samples
         self.fisher_normalize = fisher_normalize
         self.fisher_clip = fisher_clip
         self.gamma = gamma
-        self.rho = rho
-        #: By `importance/<parameter>`, or `rows/<layer>` and `columns/<layer>` with adapters.
-        self.importance: dict[str, Tensor] = {}
-        self.anchor: dict[str, Tensor] = {}
-        self._tally = Tally()
-        self._measured: Tally | None = None  # the tally in a step that is measured
-        self._expected: dict[str, torch.Size] | None = None
 
     def needs(self) -> Needs:
         """General rows, and with adapters that the frozen base is what they are added to."""
@@ -93,18 +79,16 @@ class Ewc(Strategy):
         """A pass over the parameters in each step, Fisher and anchor."""
         return Cost(step_share=0.02, trainable_copies=2.0)
 
-    def edit_param_groups(self, ctx: Context, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Changes nothing; notes which names a saved state must have."""
-        self._expected = {}
+    def expected_importance(self, ctx: Context) -> dict[str, torch.Size]:
+        """The Fisher's diagonal, or its factors with adapters."""
+        if not ctx.lora_pairs:
+            return {f"importance/{name}": p.shape for name, p in ctx.params.items()}
+        shapes = {}
         for pair in ctx.lora_pairs:
             outputs, inputs = pair.base_weight.shape
-            self._expected[f"rows/{pair.name}"] = torch.Size((outputs,))
-            self._expected[f"columns/{pair.name}"] = torch.Size((inputs,))
-        if not ctx.lora_pairs:
-            for name, parameter in ctx.params.items():
-                self._expected[f"importance/{name}"] = parameter.shape
-                self._expected[f"anchor/{name}"] = parameter.shape
-        return groups
+            shapes[f"rows/{pair.name}"] = torch.Size((outputs,))
+            shapes[f"columns/{pair.name}"] = torch.Size((inputs,))
+        return shapes
 
     def on_task_start(self, ctx: Context) -> None:
         """Measures the Fisher and takes the anchor."""
@@ -140,71 +124,7 @@ class Ewc(Strategy):
                 column_means = [w * f[columns] * f[rows].mean() for w, f in addends]
                 self.importance[rows] = row_means[0] + row_means[1]
                 self.importance[columns] = _relative(column_means[0] + column_means[1])
-        if not ctx.lora_pairs:
-            self.anchor = {
-                name: p.detach().to(wide_type(p), copy=True) for name, p in ctx.params.items()
-            }
-
-    def on_step_start(self, ctx: Context) -> None:
-        """Decides whether this step is measured."""
-        self._measured = self._tally.begin(ctx.step, ctx.strength(self.kind))
-
-    def add_grads(self, ctx: Context) -> None:
-        """Adds the penalty's gradient, in gradient mode or with adapters."""
-        strength = ctx.strength(self.kind)
-        if strength <= 0:
-            return
-        for pair in ctx.lora_pairs:
-            A, B = pair.lora_A.detach(), pair.lora_B.detach()
-            rows_O = self.importance[f"rows/{pair.name}"]
-            columns_I = self.importance[f"columns/{pair.name}"]
-            penalty = lora_penalty(A, B, pair.scale, rows_O=rows_O, columns_I=columns_I)
-            add_lora_gradient(
-                pair.lora_A, pair.lora_B, penalty, strength, self._measured, rho=self.rho
-            )
-        if self.penalty_mode == "gradient":
-            add_pull_gradients(ctx.params, self._pulls(strength), rho=self.rho)
-
-    def prox_pulls(self, ctx: Context) -> Mapping[str, Pull]:
-        """The pulls of implicit mode."""
-        strength = ctx.strength(self.kind)
-        if strength <= 0 or self.penalty_mode != "implicit":
-            return {}
-        return self._pulls(strength)
-
-    def metrics(self) -> Mapping[str, float]:
-        """As of the last measured step; `capped_share` is that of the blocks where the cap bound."""
-        return self._tally.read()
-
-    def state_dict(self) -> StateDict:
-        """Fisher and anchor."""
-        anchors = {f"anchor/{name}": anchor for name, anchor in self.anchor.items()}
-        tensors = {**self.importance, **anchors}
-        scalars = {"measured": self._tally.save()}
-        return {**super().state_dict(), "tensors": tensors, "scalars": scalars}
-
-    def load_state_dict(self, state: StateDict) -> None:
-        """Takes up a saved Fisher and anchor.
-
-        Raises:
-            ValueError: They do not fit the run.
-        """
-        super().load_state_dict(state)
-        self._tally = Tally(last=dict(state["scalars"]["measured"]))
-        tensors = {name: tensor.detach().clone() for name, tensor in state["tensors"].items()}
-        if self._expected is not None:
-            check_tensors(self.kind, tensors, self._expected)
-        prefix = "anchor/"
-        self.anchor = {
-            n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
-        }
-        self.importance = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
-
-    def _pulls(self, strength: float) -> dict[str, Pull]:
-        return {
-            name: Pull(strength, self.importance[f"importance/{name}"], anchor, self._measured)
-            for name, anchor in self.anchor.items()
-        }
+        self.take_anchor(ctx)
 
 
 def measure_fisher(
