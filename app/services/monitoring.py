@@ -132,6 +132,9 @@ def record_evaluation(
         checkpoint.status = _status(reading, losses_finite=message.losses_finite)
         checkpoint.is_evaluated = True
         checkpoint.valid_loss = message.valid_loss
+        if message.valid_mean_token_accuracy is not None:
+            accuracy = {"full_valid_mean_token_accuracy": message.valid_mean_token_accuracy}
+            checkpoint.metrics = checkpoint.metrics | accuracy
         session.flush()
     look = Look(
         branch=message.branch,

@@ -72,6 +72,16 @@ def test_a_baseline_is_kept_per_item_and_told_as_power(session) -> None:
     assert job.power["from_baseline"]
 
 
+def test_power_is_told_once_all_baselines_are_there(session) -> None:
+    job, versions = make_running_job(session, scorers=(Scorer.MULTIPLE_CHOICE, Scorer.NLL))
+    told = select(func.count()).select_from(JobEvent).where(JobEvent.job_id == job.id)
+    record_baseline(session, job, [make_scores(versions[0])])
+    assert session.scalar(told) == 0
+    assert job.power["mean"] is not None
+    record_baseline(session, job, [make_scores(versions[1])])
+    assert session.scalar(told) == 1
+
+
 def test_new_items_join_a_baseline_and_known_ones_stay(session) -> None:
     job, (version,) = make_running_job(session)
     record_baseline(session, job, [make_scores(version, scored=slice(0, 1000))])
@@ -111,6 +121,7 @@ def test_a_pass_makes_the_checkpoint_good_and_is_written_with_its_evidence(sessi
         True,
         0.7,
     )
+    assert checkpoint.metrics["full_valid_mean_token_accuracy"] == 0.5
     row = session.scalars(select(DecisionRow)).one()
     assert (row.look, row.origin, row.code, row.state) == (1, "run", "within_limit", "applied")
     assert replay_decision(row).model_dump(mode="json") == row.decision
