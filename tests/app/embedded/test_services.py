@@ -158,15 +158,20 @@ def test_servers_that_outlived_a_killed_run_are_ended_first(
     pids = servers_of(tmp_path / "data")
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)  # so that they cannot act on the parent's death
-    holder.kill()
-    holder.wait()
-    assert all(is_running(pid) for pid in pids)
-    with EmbeddedServices(tmp_path / "data", is_durable=False) as services:
-        found = services.directory.find_endpoints()
-        assert found is not None
-        assert ask(found.database_url, "SELECT 1") == 1
-        assert ping(found.redis_url)
-        assert not any(is_running(pid) for pid in pids)
+    try:
+        holder.kill()
+        holder.wait()
+        assert all(is_running(pid) for pid in pids)
+        with EmbeddedServices(tmp_path / "data", is_durable=False) as services:
+            found = services.directory.find_endpoints()
+            assert found is not None
+            assert ask(found.database_url, "SELECT 1") == 1
+            assert ping(found.redis_url)
+            assert not any(is_running(pid) for pid in pids)
+    finally:  # a frozen server would outlive a failure of this test
+        for pid in pids:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_crashed_server_comes_back_where_it_was(tmp_path: Path) -> None:
