@@ -6,12 +6,12 @@ import numpy as np
 
 from app.db.models import BenchmarkVersion, Checkpoint
 from app.domain.benchmarks import BenchmarkKind, BenchmarkScores, Scorer, pack_array
+from app.domain.configs.quadratic import EwcConfig
 from app.domain.messages import Carry, Evaluated
 from app.domain.policy import Ladder, Policy, Retention
 from app.domain.runplan import BasePlan, BenchmarkPlan
 from app.domain.spec import CreateJob, JobSpec
 from app.domain.states import JobState
-from app.domain.strategies import EwcConfig
 from app.services.monitoring import record_baseline
 from tests.factories import (
     make_base_model,

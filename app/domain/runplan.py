@@ -60,6 +60,15 @@ class ResumePoint(Frozen):
     ] = ()  # outside orders of this branch, with the step at which each took effect
 
 
+class StagePlan(Frozen):
+    """One stage of a job: its rows, its numbers, and which weights it trains."""
+
+    name: str
+    training_rows: RowsPlan
+    training: ResolvedTraining  # `total_steps` are this stage's
+    trains: Literal["all", "backbone", "adapter"] = "all"
+
+
 class RunPlan(Frozen):
     """One fine-tuning attempt."""
 
@@ -71,8 +80,12 @@ class RunPlan(Frozen):
     training_rows: RowsPlan
     validation_rows: RowsPlan | None
     general_rows: RowsPlan | None
-    training: ResolvedTraining
+    training: ResolvedTraining  # `total_steps` are those of all stages together
     strategies: tuple[StrategyConfig, ...]
+    stages: tuple[StagePlan, ...] = ()  # empty: one stage, all of the training rows
+    models: dict[str, str] = Field(
+        default_factory=dict
+    )  # other models that strategies name, as local directories
     policy: Policy | None
     benchmarks: tuple[BenchmarkPlan, ...] = ()
     eval_interval: int | None = None  # steps; None until the evaluation budget has chosen

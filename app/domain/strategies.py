@@ -1,74 +1,14 @@
-"""One typed configuration per mitigation strategy, discriminated by `type`.
-
-`strength` is the coefficient of the strategy's card, in the card's units; None means the strategy's
-default (`Card.default_strength`). `armed` prepares everything (anchor, Fisher) at strength 0, and lets
-the controller activate it at that default.
-"""
+"""The strategies a job may name, discriminated by `type`, and what is known of each."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from app.domain.frozen import Frozen
-
-
-class StrategyBase(Frozen):
-    """What every strategy has."""
-
-    strength: float | None = Field(default=None, ge=0, le=1e9)
-    armed: bool = False
-
-    @model_validator(mode="after")
-    def _armed_has_no_strength(self) -> "StrategyBase":
-        if self.armed and self.strength:
-            raise ValueError(
-                "strength: leave it out or 0 when armed is true; activation uses the default"
-            )
-        return self
-
-
-class EwcConfig(StrategyBase):
-    """Elastic weight consolidation: a quadratic anchor weighted by the Fisher information."""
-
-    type: Literal["ewc"] = "ewc"
-    penalty_mode: Literal["implicit", "gradient"] = "implicit"  # LoRA always uses the gradient
-    fisher_type: Literal["true", "empirical"] = "true"
-    fisher_samples: int = Field(default=1024, ge=1, le=1_000_000)  # documents of general data
-    fisher_normalize: Literal["none", "mean", "max"] = "mean"
-    fisher_clip: float = Field(default=0.999, gt=0, le=1)  # quantile; 1 is off
-    gamma: float = Field(default=0.95, gt=0, le=1)
-    rho: float | None = Field(default=5.0, gt=1)  # layer-wise cap in gradient mode; None is off
-
-
-class L2SpConfig(StrategyBase):
-    """L2-SP: a quadratic anchor at the starting weights, all parameters alike."""
-
-    type: Literal["l2sp"] = "l2sp"
-    penalty_mode: Literal["implicit", "gradient"] = "gradient"
-
-
-class ReplayConfig(StrategyBase):
-    """Rows of general data in the training mix; `strength` is the mix ratio."""
-
-    type: Literal["replay"] = "replay"
-    strength: float | None = Field(default=None, ge=0, le=1)  # rows added, as a share of batch_size
-    store_fraction: float = Field(default=0.05, gt=0, le=1)
-    min_store_rows: int = Field(default=32, ge=1)
-
-
-class DistillationConfig(StrategyBase):
-    """Distillation of logits from the model the job started from."""
-
-    type: Literal["distillation"] = "distillation"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    temperature: float = Field(default=1.0, gt=0, le=100)
-    beta: float = Field(default=0.5, gt=0, lt=1)  # of jsd
-    jsd_rescale: bool = True
-    on: tuple[Literal["domain", "general", "replay"], ...] | Literal["auto"] = "auto"
-    general_ratio: float = Field(default=0.25, gt=0, le=4)  # general rows as a share of batch_size
-
+from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.replay import ReplayConfig
 
 StrategyConfig = Annotated[
     EwcConfig | L2SpConfig | ReplayConfig | DistillationConfig, Field(discriminator="type")

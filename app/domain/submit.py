@@ -4,17 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.replay import ReplayConfig
 from app.domain.levers import check_lever
 from app.domain.policy import Policy, Retention
 from app.domain.spec import CreateJob, Hyperparameters, ResolvedTraining
-from app.domain.strategies import (
-    DistillationConfig,
-    EwcConfig,
-    L2SpConfig,
-    ReplayConfig,
-    StrategyConfig,
-    needs_general_data,
-)
+from app.domain.strategies import StrategyConfig, needs_general_data
 from app.errors import BadRequest
 
 LORA_LEARNING_RATE: Final = 2e-4

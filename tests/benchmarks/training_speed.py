@@ -24,9 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.quadratic import EwcConfig
+from app.domain.configs.replay import ReplayConfig
 from app.domain.runplan import BasePlan, RowsPlan, RunPlan
 from app.domain.spec import LoraConfig, ResolvedTraining
-from app.domain.strategies import DistillationConfig, EwcConfig, ReplayConfig, StrategyConfig
+from app.domain.strategies import StrategyConfig
 from workers.training.build import build_run
 from workers.training.loop import Run, train_step
 from workers.training.ranks import Ranks

@@ -35,10 +35,10 @@ from app.db.models import (
 from app.db.repositories.jobs import JobRepository
 from app.db.session import SessionFactory, build_engine, build_session_factory, transaction
 from app.domain.benchmarks import Scorer
+from app.domain.configs.quadratic import L2SpConfig
 from app.domain.policy import EarlyStopping, Ladder, Policy, WatchedBenchmark
 from app.domain.requests import PublishPoint
 from app.domain.states import JobState
-from app.domain.strategies import L2SpConfig
 from app.embedded import Endpoints
 from app.services.control import request_cancel, request_pause, resume_job
 from app.services.registry import publish_point

@@ -55,7 +55,7 @@ class RowSampler:
     ) -> None:
         self._seed = seed
         self._batch_size = batch_size
-        self._lengths = lengths
+        self._lengths = dict(lengths)
         self._cursors: dict[str, dict[str, Any]] = {}
         self._orders: dict[str, tuple[tuple[int, int], NDArray[np.int64]]] = {}
 
@@ -67,7 +67,7 @@ class RowSampler:
             if not stream.rows:
                 continue
             cursor = self._cursors.setdefault(
-                stream.name,
+                stream.key,
                 {"epoch": 0, "position": 0, "lead": 0, "due": 0.0, "given": 0, "window": []},
             )
             cursor["due"] += stream.rows_per_step * self._batch_size
@@ -82,6 +82,10 @@ class RowSampler:
                 DrawnRow(stream.name, stream.store, row, stream.counts_as_task) for row in rows
             ]
         return tuple(drawn)
+
+    def add_store(self, store: str, lengths: NDArray[np.int64]) -> None:
+        """Makes a store known that a strategy made while the run was under way."""
+        self._lengths[store] = lengths
 
     def state(self) -> dict[str, Any]:
         """Cursors by stream, as JSON values."""
@@ -143,16 +147,16 @@ class RowSampler:
 
     def _order(self, stream: Stream, epoch: int, lead: int, batch: int) -> NDArray[np.int64]:
         """Positions in `stream.rows` in the order of an epoch; `lead` -1 leaves them unbucketed."""
-        cached = self._orders.get(stream.name)
+        cached = self._orders.get(stream.key)
         if cached is not None and cached[0] == (epoch, lead):
             return cached[1]
-        digest = hashlib.sha256(f"{self._seed}/{stream.name}/{epoch}".encode()).digest()
+        digest = hashlib.sha256(f"{self._seed}/{stream.key}/{epoch}".encode()).digest()
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
         order = generator.permutation(len(stream.rows))
         if lead >= 0:
             lengths = self._lengths[stream.store][np.asarray(stream.rows)[order]]
             order = _bucket(order, lengths, lead, batch, generator)
-        self._orders[stream.name] = ((epoch, lead), order)
+        self._orders[stream.key] = ((epoch, lead), order)
         return order
 
 

@@ -6,11 +6,12 @@ order in which strategies were listed, so the loop calls them sorted by `kind`):
     SETUP   1 edit_model   2 edit_param_groups   3 edit_streams
     TASK    4 on_task_start
     STEP    5 on_step_start
-            6 edit_batch   7 forward_needs   8 count_terms + loss_terms      for each micro-batch
+            6 edit_batch   7 step_needs   8 count_terms + loss_terms         for each micro-batch
+              (exclusive: a step owner's compute_grads decides which micro-batches are read, and where)
             9 add_grads                                                       once, after the all-reduce
            10 edit_grads
            11 clip (the loop)   12 optimizer.step (the loop)
-           13a prox_pulls   13b/c edit_update
+           13a prox_pulls   13b/c edit_update, in the order of `update_rank`
            14 on_step_end; then zero_grad (the loop)
     EVAL   15 on_eval (metrics only)
     END    16 on_task_end   17 export
@@ -23,12 +24,15 @@ term k over all micro-batches and ranks of the step (`count_terms`), known befor
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 StateDict = dict[str, Any]
+TokenRow = tuple[list[int], list[float]]  # token ids, and the loss weight of each as a target
+Backward = Callable[[Sequence["Micro"]], None]
 TALLY_INTERVAL = 20  # steps
 
 
@@ -50,6 +54,11 @@ class Stream:
     store: str
     rows_per_step: float
     counts_as_task: bool
+
+    @property
+    def key(self) -> str:
+        """What its cursor is kept under: the rows of a later stage are another stream of the same name."""
+        return self.name if self.store in ("training", "general") else f"{self.name}@{self.store}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,32 @@ class Micro:
         """Bool mask of the positions whose row comes from one of the named streams."""
         rows_B = torch.tensor([s in names for s in self.sources], device=self.row_of_N.device)
         return rows_B[self.row_of_N]
+
+    def join(self, other: "Micro") -> "Micro":
+        """Both, the other's rows behind these; the narrower one is padded with token 0."""
+        own_rows, width = self.input_ids_BT.shape
+        other_rows, other_width = other.input_ids_BT.shape
+        new_width = max(width, other_width)
+        ids_BT = self.input_ids_BT.new_zeros((own_rows + other_rows, new_width))
+        ids_BT[:own_rows, :width] = self.input_ids_BT
+        ids_BT[own_rows:, :other_width] = other.input_ids_BT
+        parts = [(self, 0, width), (other, own_rows, other_width)]
+
+        def rows(micro: "Micro", shift: int) -> Tensor:
+            return micro.row_of_N + shift
+
+        return Micro(
+            input_ids_BT=ids_BT,
+            positions_N=torch.cat(
+                [rows(m, k) * new_width + m.positions_N % w for m, k, w in parts]
+            ),
+            targets_N=torch.cat([self.targets_N, other.targets_N]),
+            row_of_N=torch.cat([rows(m, k) for m, k, _ in parts]),
+            weights_N=torch.cat([self.weights_N, other.weights_N]),
+            sources=self.sources + other.sources,
+            sample_ids=self.sample_ids + other.sample_ids,
+            is_task_B=torch.cat([self.is_task_B, other.is_task_B]),
+        )
 
     def split(self, num_rows: int) -> "Iterator[Micro]":
         """Parts of so many rows, without the columns behind their last supervised position."""
@@ -100,13 +135,16 @@ class Micro:
 class Forward:
     """What one forward gave: logits at the selected positions alone.
 
-    `teacher_logits_NV` has rows only where the teacher was asked for (`teacher_mask_N`), in order.
+    `teacher_logits_NV` has rows only where the teacher was asked for (`teacher_mask_N`), in order; the
+    teacher's hidden states are those at the same positions. Hidden states are keyed by layer: 0 is the
+    embeddings' output, the last is what the head reads.
     """
 
     logits_NV: Tensor
     teacher_logits_NV: Tensor | None = None
     teacher_mask_N: Tensor | None = None
     hidden_BTD: Mapping[int, Tensor] = field(default_factory=dict)
+    teacher_hidden_SD: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,10 +159,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a strategy asks of the run; the same for its whole life."""
+    """What a strategy asks of the run: for its whole life, or for one step."""
 
     forward: frozenset[str] = frozenset()  # of `teacher_logits`, `hidden_states`
     teacher_sources: frozenset[str] = frozenset()  # rows the teacher must read
+    hidden_layers: frozenset[int] = frozenset()  # of the student; 0 to `ctx.num_layers`
+    teacher_hidden_layers: frozenset[int] = frozenset()
     general_rows: bool = False
     base_unmodified: bool = False  # relies on the starting model staying reachable
     snapshot: bool = False  # implements 13b/c, so the loop keeps the weights from before the step
@@ -203,6 +243,7 @@ class LoraPair:
     lora_B: nn.Parameter
     scale: float
     base_weight: nn.Parameter
+    adapter: str = "default"
 
 
 @dataclass
@@ -222,7 +263,12 @@ class Context:
     batch_size: int
     num_training_rows: int
     num_general_rows: int
+    num_layers: int = 0  # of the model: hidden states are numbered 0 to this
+    num_tasks: int = 1
+    task_name: str = ""
     step: int = 0
+    task_first_step: int = 0
+    task_steps: int = 0  # accepted steps of this task
     task_index: int = 0
     rank: int = 0
     world_size: int = 1
@@ -231,10 +277,28 @@ class Context:
     all_reduce: Callable[[Tensor], None] = lambda _: None
     #: Micro-batches of the given general rows, shared out over the ranks: for passes of a strategy's own.
     general_micros: Callable[[Sequence[int]], Iterator[Micro]] = lambda _: iter(())
-    #: Student forward with gradient at a micro-batch's selected positions.
-    forward: Callable[[Micro], Forward] | None = None
+    #: The same of the rows of any store: `training`, `training-1` (the second stage's), `general`, ...
+    store_micros: Callable[[str, Sequence[int]], Iterator[Micro]] = lambda _, __: iter(())
+    #: One micro-batch of a store's rows in the order given, whole on every rank: (source, store, rows).
+    rows_micro: Callable[[str, str, Sequence[int]], Micro] | None = None
+    #: Rows of each store.
+    store_sizes: Mapping[str, int] = field(default_factory=dict)
+    #: Adds a store of (token ids, loss weight of each token as a target) rows, for streams of a strategy's own.
+    add_store: Callable[[str, "Sequence[TokenRow]"], None] | None = None
+    #: Sampled continuations of a store's rows by the model as it stands; see `workers.training.sampling`.
+    sample: "Callable[..., list[TokenRow]] | None" = None
+    #: Unit-norm representations (rows, dim) of a store's rows by the job's encoder.
+    embed: Callable[[str, Sequence[int]], Tensor] | None = None
+    #: Student forward with gradient at a micro-batch's selected positions, with the hidden states asked for.
+    forward: Callable[..., Forward] | None = None
     #: Logits of the starting model at the positions of the masked rows, without gradient.
     base_forward: Callable[[Micro, Tensor], Tensor] | None = None
+    #: Its hidden states there, by layer: (micro, mask, layers).
+    base_hidden: Callable[[Micro, Tensor, frozenset[int]], Mapping[int, Tensor]] | None = None
+    #: Local directories of the other models that the job names.
+    models: Mapping[str, str] = field(default_factory=dict)
+    #: Puts a finding on the job's log: (code, message, data).
+    note: Callable[[str, str, Mapping[str, Any]], None] = lambda _, __, ___: None
     #: Loads or makes a set of tensors that follow from (model, data, settings) alone; kept across jobs.
     cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: (
         make()
@@ -260,10 +324,15 @@ class Strategy:
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1
+    update_rank: ClassVar[int] = 0  # of 13: 0 scaling and subspaces, 1 cones and outer steps
 
     def needs(self) -> Needs:
         """What the run must provide."""
         return Needs()
+
+    def step_needs(self, ctx: Context) -> Needs:
+        """7: what this step's forwards must give; nothing while the strategy is turned off."""
+        return self.needs() if ctx.strength(self.kind) > 0 else Needs()
 
     def cost(self) -> Cost:
         """What it costs, for estimates."""
@@ -278,6 +347,10 @@ class Strategy:
         """2: learning rate and decay per group."""
         return groups
 
+    def edit_trainable(self, ctx: Context, names: frozenset[str]) -> frozenset[str]:
+        """2: which of the run's parameters the task at hand trains; called whenever a task is entered."""
+        return names
+
     def edit_streams(self, ctx: Context, streams: tuple[Stream, ...]) -> tuple[Stream, ...]:
         """3: adds streams of rows. Called again whenever a coefficient changed."""
         return streams
@@ -288,6 +361,10 @@ class Strategy:
 
     def on_step_start(self, ctx: Context) -> None:
         """5: schedules."""
+
+    def streams_changed(self, ctx: Context) -> bool:
+        """Whether `edit_streams` is to be asked again before this step's rows are drawn."""
+        return False
 
     # 6-8
     def edit_batch(self, ctx: Context, micro: Micro) -> Micro:
@@ -302,6 +379,14 @@ class Strategy:
         """8: addends of the loss."""
         return ()
 
+    def compute_grads(self, ctx: Context, micros: Sequence[Micro], backward: Backward) -> None:
+        """Replaces 6 to 8 where `step_needs` says `step_owner`: leaves the step's gradients in `grad`.
+
+        `backward(micros)` adds the gradient of the task's and the strategies' terms over these micro-batches,
+        divided by their counts over all ranks, and summed over ranks. `micros` are this rank's of the step.
+        """
+        backward(micros)
+
     # 9-10
     def add_grads(self, ctx: Context) -> None:
         """9: closed-form gradients of data-free penalties."""
@@ -314,8 +399,10 @@ class Strategy:
         """13a: pulls by canonical parameter name."""
         return {}
 
-    def edit_update(self, ctx: Context, name: str, old: Tensor, delta: Tensor) -> Tensor:
-        """13b/c: constrains the displacement of one parameter; needs `snapshot`."""
+    def edit_update(
+        self, ctx: Context, old: Mapping[str, Tensor], delta: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """13b/c: constrains the displacement, by parameter name; needs `snapshot`."""
         return delta
 
     def on_step_end(self, ctx: Context) -> None:
@@ -331,6 +418,9 @@ class Strategy:
     def export(self, ctx: Context, model: nn.Module) -> nn.Module:
         """17: merge."""
         return model
+
+    def export_files(self, ctx: Context, directory: Path) -> None:
+        """17: what is published beside the weights; only rank 0 is asked."""
 
     def metrics(self) -> Mapping[str, float]:
         """Numbers of the last step, reported as `strategy/<kind>/<name>`; `applied_norm` among them."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from app.domain.runplan import BasePlan
 from workers.export.interpolate import Interpolation
-from workers.training.build import load_base
+from workers.training.models import load_base
 
 
 def line_from_base(

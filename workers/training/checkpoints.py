@@ -96,6 +96,8 @@ def load_checkpoint(run: Run, directory: Path, *, keep_carry: bool = False) -> N
         state = json.loads((directory / "state.json").read_text())
         weights = _load_tensors(directory / "model.safetensors", run.ctx.device)
         optimizer = _load_tensors(directory / "optimizer.safetensors", run.ctx.device)
+        if state["task_index"] != run.ctx.task_index:
+            run.enter(state["task_index"])
         _load_weights(run, weights)
         _load_optimizer(run, optimizer)
         for strategy in run.strategies:
@@ -181,7 +183,7 @@ def set_carry(run: Run, carry: Carry) -> None:
 def _write(run: Run, directory: Path) -> tuple[str, int]:
     strategies = {strategy.kind: dict(strategy.state_dict()) for strategy in run.strategies}
     tensors: dict[str, Mapping[str, Tensor]] = {
-        "model": run.ctx.params,
+        "model": run.all_params,
         "optimizer": _optimizer_tensors(run),
     }
     for kind, state in strategies.items():
@@ -192,6 +194,7 @@ def _write(run: Run, directory: Path) -> tuple[str, int]:
     state = {
         "step": run.step,
         "branch": run.branch,
+        "task_index": run.ctx.task_index,
         "controller": run.controller.model_dump(mode="json"),
         "carry": make_carry(run).model_dump(mode="json"),
         "not_finite_in_a_row": run.not_finite_in_a_row,
@@ -227,11 +230,11 @@ def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
 
 
 def _load_weights(run: Run, weights: Mapping[str, Tensor]) -> None:
-    if weights.keys() != run.ctx.params.keys():
-        odd = sorted(weights.keys() ^ run.ctx.params.keys())[:3]
+    if weights.keys() != run.all_params.keys():
+        odd = sorted(weights.keys() ^ run.all_params.keys())[:3]
         raise ValueError(f"parameters differ, as {odd}")
     with torch.no_grad():
-        for name, parameter in run.ctx.params.items():
+        for name, parameter in run.all_params.items():
             if weights[name].shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")
             parameter.copy_(weights[name])

@@ -12,15 +12,10 @@ from app.domain.runplan import ExportPlan, RunPlan
 from app.errors import TrainingFailed
 from workers.export.artifact import save_artifact
 from workers.training.blend import line_from_base
-from workers.training.build import (
-    add_adapters,
-    autocast_type,
-    load_base,
-    load_tokenizer,
-)
 from workers.training.checkpoints import load_weights
 from workers.training.conversation import Conversation
 from workers.training.forward import SelectedLogits
+from workers.training.models import add_adapters, autocast_type, load_base, load_tokenizer
 from workers.training.opening import chat_template, make_score
 from workers.training.ranks import Ranks
 from workers.training.suite import Suite, most_gate_items

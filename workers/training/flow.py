@@ -9,11 +9,10 @@ from app.domain.messages import BaselineMeasured, DecisionReply, Planned, Stoppe
 from app.domain.policy import Policy
 from app.domain.power import plan_evaluations, power
 from app.domain.runplan import RunPlan
-from app.errors import TrainingFailed
 from workers.training.checkpoints import load_checkpoint, set_carry
 from workers.training.conversation import Conversation, StopRequested
 from workers.training.finale import finish
-from workers.training.loop import train_step
+from workers.training.loop import start_task, train_step
 from workers.training.opening import TIMED_STEPS, open_session, steps_per_epoch
 from workers.training.ranks import Ranks
 from workers.training.session import (
@@ -71,11 +70,7 @@ def begin(session: Session) -> None:
     run = session.run
     session.enter("fisher")
     stop_if_told(session)
-    try:
-        for strategy in run.strategies:
-            strategy.on_task_start(run.ctx)
-    except ValueError as error:  # such as no general rows left
-        raise TrainingFailed(str(error), "retention.strategies") from error
+    start_task(run)
     run.teacher.check()
     session.has_started = True
     save(session, is_evaluated=False)

@@ -4,14 +4,14 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from app.errors import TrainingFailed
-from workers.strategies.base import Forward, Micro
+from workers.strategies.base import Forward, Micro, Needs
 
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = 1e-3
@@ -37,13 +37,29 @@ class SelectedLogits:
 
     def __call__(self, input_ids_BT: Tensor, positions_N: Tensor) -> Tensor:
         """Logits (N, V) at flat positions (row * T + column)."""
+        return self.with_hidden(input_ids_BT, positions_N, frozenset())[0]
+
+    def with_hidden(
+        self, input_ids_BT: Tensor, positions_N: Tensor, layers: frozenset[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits at the positions, and the hidden states (B, T, D) behind the layers asked for.
+
+        Layer 0 is the embeddings' output; the last, `num_layers`, is what the head reads.
+        """
+        asked = {"output_hidden_states": True} if layers else {}
         with self.precision(input_ids_BT.device):
             if not self.has_split_head:
-                logits_BTV = self._inner(input_ids=input_ids_BT, use_cache=False).logits
-                return _flat(logits_BTV)[positions_N]
-            hidden_BTD = self._body(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-            logits: Tensor = self._head(_flat(hidden_BTD).index_select(0, positions_N))
-            return logits
+                out = self._inner(input_ids=input_ids_BT, use_cache=False, **asked)
+                logits: Tensor = _flat(out.logits)[positions_N]
+            else:
+                out = self._body(input_ids=input_ids_BT, use_cache=False, **asked)
+                logits = self._head(_flat(out.last_hidden_state).index_select(0, positions_N))
+        return logits, {layer: out.hidden_states[layer] for layer in layers}
+
+    @property
+    def num_layers(self) -> int:
+        """Hidden states are numbered 0 to this."""
+        return int(self._inner.config.get_text_config().num_hidden_layers)
 
     def probe_hash(self) -> str:
         """Hash of the logits of a fixed probe: equal hashes, equal function."""
@@ -106,20 +122,36 @@ class Teacher:
 
     def __call__(self, micro: Micro, mask_N: Tensor) -> Tensor:
         """Logits (S, V) at the positions of the masked rows, in order, without gradient."""
+        return self.with_hidden(micro, mask_N, frozenset())[0]
+
+    def hidden(self, micro: Micro, mask_N: Tensor, layers: frozenset[int]) -> dict[int, Tensor]:
+        """Hidden states (S, D) there, by layer."""
+        return self.with_hidden(micro, mask_N, layers)[1]
+
+    def with_hidden(
+        self, micro: Micro, mask_N: Tensor, layers: frozenset[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits (S, V) and hidden states (S, D) at the positions of the masked rows, in order."""
         rows = torch.unique(micro.row_of_N[mask_N])
         width = micro.input_ids_BT.shape[1]
         new_row = torch.full((micro.input_ids_BT.shape[0],), -1, device=rows.device)
         new_row[rows] = torch.arange(len(rows), device=rows.device)
         old_positions = micro.positions_N[mask_N]
         positions = new_row[micro.row_of_N[mask_N]] * width + old_positions % width
-        with torch.no_grad():
-            if self._load is None:
-                with self._switched_off():
-                    return self._student(micro.input_ids_BT[rows], positions)
-            if self._copy is None:
-                with torch.random.fork_rng(devices=[]):
-                    self._copy = self._load()
-            return self._copy(micro.input_ids_BT[rows], positions)
+        with torch.no_grad(), self._starting_model() as model:
+            logits, hidden = model.with_hidden(micro.input_ids_BT[rows], positions, layers)
+        return logits, {layer: _flat(h_BTD)[positions] for layer, h_BTD in hidden.items()}
+
+    @contextlib.contextmanager
+    def _starting_model(self) -> Iterator[SelectedLogits]:
+        if self._load is None:
+            with self._switched_off():
+                yield self._student
+            return
+        if self._copy is None:
+            with torch.random.fork_rng(devices=[]):
+                self._copy = self._load()
+        yield self._copy
 
     @contextlib.contextmanager
     def _switched_off(self) -> Iterator[None]:
@@ -130,18 +162,21 @@ class Teacher:
 
 
 def student_forward(
-    student: SelectedLogits, teacher: Teacher, micro: Micro, teacher_sources: frozenset[str]
+    student: SelectedLogits, teacher: Teacher, micro: Micro, needs: Sequence[Needs]
 ) -> Forward:
     """One forward of the student for all strategies; the teacher first, on the rows that need it."""
-    teacher_logits, mask = None, None
-    if teacher_sources:
-        mask = micro.source_mask_N(teacher_sources)
+    sources: frozenset[str] = frozenset().union(*(n.teacher_sources for n in needs))
+    teacher_layers: frozenset[int] = frozenset().union(*(n.teacher_hidden_layers for n in needs))
+    layers: frozenset[int] = frozenset().union(*(n.hidden_layers for n in needs))
+    teacher_logits, mask, taught = None, None, dict[int, Tensor]()
+    if sources:
+        mask = micro.source_mask_N(sources)
         if bool(mask.any()):
-            teacher_logits = teacher(micro, mask)
+            teacher_logits, taught = teacher.with_hidden(micro, mask, teacher_layers)
         else:
             mask = None
-    logits = student(micro.input_ids_BT, micro.positions_N)
-    return Forward(logits_NV=logits, teacher_logits_NV=teacher_logits, teacher_mask_N=mask)
+    logits, hidden = student.with_hidden(micro.input_ids_BT, micro.positions_N, layers)
+    return Forward(logits, teacher_logits, mask, hidden, taught)
 
 
 @contextlib.contextmanager

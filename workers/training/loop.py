@@ -4,7 +4,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,12 @@ from app.domain.messages import StepMetrics
 from app.domain.spec import ResolvedTraining
 from app.errors import TrainingFailed
 from workers.data.batches import DOMAIN, Rows, RowSampler, build_micro, split_micros
-from workers.strategies.base import Context, Forward, Micro, Strategy, Stream
+from workers.strategies.base import Context, Forward, LoraPair, Micro, Strategy, Stream
 from workers.strategies.penalties import apply_pulls
 from workers.training.forward import SelectedLogits, Teacher, student_forward, wide
 from workers.training.ranks import Ranks
 from workers.training.schedule import learning_rate_factor
+from workers.training.tasks import Task, task_at
 
 TASK_TOKENS = "task_tokens"  # what task cross-entropy is divided by
 
@@ -34,14 +35,17 @@ class Run:
     model: nn.Module
     student: SelectedLogits
     teacher: Teacher
-    optimizer: torch.optim.Optimizer
     strategies: tuple[Strategy, ...]  # sorted by kind
     ctx: Context
     ranks: Ranks
-    stores: Mapping[str, Rows]
+    stores: dict[str, Rows]
     sampler: RowSampler
-    domain_stream: Stream
+    tasks: tuple[Task, ...]
+    all_params: dict[str, nn.Parameter]  # those that some task trains; `ctx.params` are the task's
+    all_pairs: tuple[LoraPair, ...]
+    make_optimizer: Callable[["Run"], torch.optim.Optimizer]
     controller: ControllerState
+    optimizer: torch.optim.Optimizer = field(init=False)  # of the task at hand
     spare_padding: int | None = None
     streams: tuple[Stream, ...] = ()
     step: int = 0  # accepted steps; a rollback rewinds it
@@ -59,7 +63,11 @@ class Run:
         """
         self.controller = controller
         self.ctx.coefs = {s.kind: controller.strengths.get(s.kind, 0.0) for s in self.strategies}
-        streams: tuple[Stream, ...] = (self.domain_stream,)
+        self.refresh_streams()
+
+    def refresh_streams(self) -> None:
+        """Asks every strategy which rows are drawn from now on."""
+        streams: tuple[Stream, ...] = (self.tasks[self.ctx.task_index].stream,)
         try:
             for strategy in self.strategies:
                 streams = strategy.edit_streams(self.ctx, streams)
@@ -67,24 +75,81 @@ class Run:
             raise TrainingFailed(str(error), "retention.strategies") from error
         self.streams = streams
 
+    def enter(self, index: int) -> None:
+        """Sets up what follows from the task alone: what is trained, by which optimiser, on which rows."""
+        task, ctx = self.tasks[index], self.ctx
+        ctx.task_index, ctx.task_name = index, task.name
+        ctx.task_first_step, ctx.task_steps = task.first_step, task.training.total_steps
+        ctx.num_training_rows = len(task.stream.rows)
+        names = task.trained or frozenset(self.all_params)
+        for strategy in self.strategies:
+            names = strategy.edit_trainable(ctx, names)
+        for name, parameter in self.all_params.items():
+            parameter.requires_grad_(name in names)
+            parameter.grad = None
+        ctx.params = {name: p for name, p in self.all_params.items() if name in names}
+        ctx.lora_pairs = tuple(pair for pair in self.all_pairs if pair.lora_B.requires_grad)
+        self.optimizer = self.make_optimizer(self)
+        self.use(self.controller)
+
+
+def enter_due_task(run: Run) -> None:
+    """At the boundary of two tasks: strategies take leave of the one and look at the other.
+
+    Raises:
+        TrainingFailed: A strategy can't begin it.
+    """
+    index = task_at(run.tasks, run.step)
+    if index == run.ctx.task_index:
+        return
+    for strategy in run.strategies:
+        strategy.on_task_end(run.ctx)
+    run.enter(index)
+    start_task(run)
+
+
+def start_task(run: Run) -> None:
+    """Strategies look at the model a task starts from.
+
+    Raises:
+        TrainingFailed: One of them can't begin, such as for want of rows.
+    """
+    try:
+        for strategy in run.strategies:
+            strategy.on_task_start(run.ctx)
+    except ValueError as error:
+        raise TrainingFailed(str(error), "retention.strategies") from error
+
 
 def train_step(run: Run) -> StepMetrics:
     """One optimiser step; the numbers in brackets are those of the hook order."""
     started = time.perf_counter()
+    enter_due_task(run)
     ctx, strategies, params = run.ctx, run.strategies, list(run.ctx.params.values())
     _seed_step(run)
     ctx.step = run.step
     ctx.learning_rates = _set_learning_rates(run)
     for strategy in strategies:
         strategy.on_step_start(ctx)  # [5]
+    if any(strategy.streams_changed(ctx) for strategy in strategies):
+        run.refresh_streams()
     micros = _next_micros(run)  # [6]
-    counts = run.ranks.sum_counts(_count(run, micros))
-    sources = _teacher_sources(run)
+    needs = [strategy.step_needs(ctx) for strategy in strategies]
     meter = _Meter()
-    for micro in micros:
-        out = student_forward(run.student, run.teacher, micro, sources)  # [7]
-        _loss(run, micro, out, counts, meter).backward()  # [8]
-    run.ranks.sum_gradients(params)
+
+    def backward(some: Sequence[Micro]) -> None:
+        counts = run.ranks.sum_counts(_count(run, some))
+        meter.count(counts)
+        for micro in some:
+            out = student_forward(run.student, run.teacher, micro, needs)  # [7]
+            _loss(run, micro, out, counts, meter).backward()  # [8]
+        run.ranks.sum_gradients(params)
+
+    owners = [s for s, need in zip(strategies, needs, strict=True) if need.step_owner]
+    if owners:
+        owners[0].compute_grads(ctx, micros, backward)
+    else:
+        backward(micros)
     for strategy in strategies:
         strategy.add_grads(ctx)  # [9]
     for strategy in strategies:
@@ -104,8 +169,8 @@ def train_step(run: Run) -> StepMetrics:
     run.not_finite_in_a_row = 0 if is_finite else run.not_finite_in_a_row + 1
     run.step += 1
     run.executed += 1
-    run.trained_tokens += int(counts.get("tokens", 0))
-    metrics = _metrics(run, totals, counts, grad_norm, time.perf_counter() - started)
+    run.trained_tokens += meter.tokens
+    metrics = _metrics(run, totals, meter.tokens, grad_norm, time.perf_counter() - started)
     run.history.append(metrics)
     return metrics
 
@@ -117,7 +182,10 @@ def _seed_step(run: Run) -> None:
 
 
 def _set_learning_rates(run: Run) -> dict[str, float]:
-    factor = run.controller.learning_rate_scale * learning_rate_factor(run.training, run.step)
+    task = run.tasks[run.ctx.task_index]
+    factor = run.controller.learning_rate_scale * learning_rate_factor(
+        task.training, run.step - task.first_step
+    )
     rates = {}
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
@@ -144,7 +212,7 @@ def _next_micros(run: Run) -> list[Micro]:
     return micros
 
 
-def _count(run: Run, micros: list[Micro]) -> dict[str, float]:
+def _count(run: Run, micros: Sequence[Micro]) -> dict[str, float]:
     """What each term is divided by, known before the first backward, and the tokens read."""
     counts: dict[str, float] = {}
     for micro in micros:
@@ -161,16 +229,6 @@ def _count(run: Run, micros: list[Micro]) -> dict[str, float]:
 
 def _task_weights(micro: Micro) -> Tensor:
     return micro.weights_N * micro.is_task_B[micro.row_of_N]
-
-
-def _teacher_sources(run: Run) -> frozenset[str]:
-    """Rows the teacher must read for the strategies that are turned on."""
-    wanted: frozenset[str] = frozenset()
-    for strategy in run.strategies:
-        needs = strategy.needs()
-        if "teacher_logits" in needs.forward and run.ctx.strength(strategy.kind) > 0:
-            wanted |= needs.teacher_sources
-    return wanted
 
 
 def _loss(
@@ -196,6 +254,10 @@ class _Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self.tokens = 0  # read by all ranks, supervised and not
+
+    def count(self, counts: Mapping[str, float]) -> None:
+        self.tokens += int(counts.get("tokens", 0))
 
     def add(
         self, micro: Micro, logits_NV: Tensor, weighted_N: Tensor, values: Mapping[str, Tensor]
@@ -222,7 +284,7 @@ class _Meter:
 
 def _snapshot(run: Run) -> dict[str, Tensor]:
     """Weights from before the step, only where some strategy edits the displacement."""
-    if not any(strategy.needs().snapshot for strategy in run.strategies):
+    if not any(strategy.step_needs(run.ctx).snapshot for strategy in run.strategies):
         return {}
     return {name: parameter.detach().clone() for name, parameter in run.ctx.params.items()}
 
@@ -233,21 +295,23 @@ def _edit_displacement(run: Run, snapshot: Mapping[str, Tensor]) -> None:
     pulls = [pulls for strategy in run.strategies if (pulls := strategy.prox_pulls(ctx))]
     if pulls:
         apply_pulls(ctx.params, pulls, ctx.learning_rates)
-    for name, old in snapshot.items():
-        parameter = ctx.params[name]
-        delta = first = parameter.detach() - old
-        for strategy in run.strategies:
-            if strategy.needs().snapshot:
-                delta = strategy.edit_update(ctx, name, old, delta)
-        if delta is not first:
-            with torch.no_grad():
-                parameter.copy_(old + delta)
+    if not snapshot:
+        return
+    first = {name: ctx.params[name].detach() - old for name, old in snapshot.items()}
+    delta = dict(first)
+    for strategy in sorted(run.strategies, key=lambda s: (s.update_rank, s.kind)):
+        if strategy.step_needs(ctx).snapshot:
+            delta = strategy.edit_update(ctx, snapshot, delta)
+    with torch.no_grad():
+        for name, old in snapshot.items():
+            if delta[name] is not first[name]:
+                ctx.params[name].copy_(old + delta[name])
 
 
 def _metrics(
     run: Run,
     totals: Mapping[str, float],
-    counts: Mapping[str, float],
+    tokens: int,
     grad_norm: float,
     seconds: float,
 ) -> StepMetrics:
@@ -263,7 +327,7 @@ def _metrics(
         train_loss=_share(totals, "domain_nats", "domain_weight"),
         train_mean_token_accuracy=_share(totals, "domain_right", "domain_tokens"),
         learning_rate=float(first_group["lr"]),
-        tokens=int(counts.get("tokens", 0)),
+        tokens=tokens,
         seconds=seconds,
         values=values,
     )

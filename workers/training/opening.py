@@ -8,17 +8,19 @@ import torch
 
 from app.domain.policy import Policy
 from app.domain.rows import TRAINING_FILE
-from app.domain.runplan import BasePlan, BenchmarkPlan, RunPlan
+from app.domain.runplan import BasePlan, BenchmarkPlan, RowsPlan, RunPlan
 from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
 from workers.data.tokens import TokenStore, load_tokens
 from workers.evaluation.evaluate import evaluate, validation_loss
 from workers.training.blend import line_from_base
-from workers.training.build import build_run, load_tokenizer
+from workers.training.build import build_run
 from workers.training.conversation import Conversation
 from workers.training.forward import SelectedLogits, evaluating
+from workers.training.models import load_tokenizer
 from workers.training.ranks import Ranks
 from workers.training.session import Session
 from workers.training.suite import Indices, Measured, Score, Suite, most_gate_items
+from workers.training.tasks import store_name
 
 TIMED_STEPS = 5  # before the evaluation budget is spent; the first is a warm-up
 
@@ -64,7 +66,7 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
         ),
         validate=validate,
         line=lambda: line_from_base(
-            run.model, run.ctx.params, plan.base, is_lora=plan.training.type == "lora"
+            run.model, run.all_params, plan.base, is_lora=plan.training.type == "lora"
         ),
         is_planned=is_planned(plan),
         eval_interval=first_interval(plan, run.ctx.num_training_rows),
@@ -143,11 +145,13 @@ def _load_stores(
     if not ranks.is_speaker:
         ranks.broadcast(None)  # rank 0 fills the cache
     stores = {}
-    for name, (rows, param) in {
-        "training": (plan.training_rows, TRAINING_FILE),
-        "general": (plan.general_rows, "retention.general_data"),
-        "validation": (plan.validation_rows, "validation_file"),
-    }.items():
+    files: dict[str, tuple[RowsPlan | None, str]] = {
+        store_name(index): (stage.training_rows, f"stages.{index}.training_file")
+        for index, stage in enumerate(plan.stages)
+    } or {"training": (plan.training_rows, TRAINING_FILE)}
+    files["general"] = (plan.general_rows, "retention.general_data")
+    files["validation"] = (plan.validation_rows, "validation_file")
+    for name, (rows, param) in files.items():
         if rows is None:
             continue
         stores[name] = store = load_tokens(

@@ -98,9 +98,9 @@ class Session:
 
 
 def is_evaluation_point(session: Session) -> bool:
-    """Whether the step just done is evaluated: by the calendar, at the end, or for losses gone bad."""
+    """Whether the step just done is evaluated: by the calendar, at a stage's end, or for losses gone bad."""
     step = session.run.step
-    if step == session.run.training.total_steps:
+    if any(step == task.last_step for task in session.run.tasks):
         return True
     if session.run.not_finite_in_a_row >= NOT_FINITE_LIMIT:
         return True

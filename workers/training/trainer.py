@@ -50,10 +50,10 @@ def run_plan(plan: RunPlan | ExportPlan, socket_path: str) -> int:
     """Connects to the supervisor, works, and tells how it ended."""
     import torch
 
-    from workers.training.build import choose_device
     from workers.training.conversation import Conversation, Line
     from workers.training.exporting import export
     from workers.training.flow import fine_tune
+    from workers.training.models import choose_device
     from workers.training.process import prepare_torch
     from workers.training.ranks import Ranks
 

@@ -1,11 +1,15 @@
 """The ladder as a table, and what must hold whatever the evidence."""
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.replay import ReplayConfig
 from app.domain.controller import decide
 from app.domain.decisions import (
     Action,
@@ -19,14 +23,10 @@ from app.domain.decisions import (
 )
 from app.domain.levers import build_levers, check_lever, initial_state
 from app.domain.policy import EarlyStopping, Ladder, Policy
-from app.domain.strategies import (
-    DistillationConfig,
-    EwcConfig,
-    L2SpConfig,
-    ReplayConfig,
-    StrategyConfig,
-)
 from app.errors import BadRequest
+
+if TYPE_CHECKING:
+    from app.domain.strategies import StrategyConfig
 
 EWC = LeverState(strategy="ewc", asked=1.0, default=100.0, cap=1000.0)
 REPLAY = LeverState(strategy="replay", asked=0.1, default=0.1, cap=0.5)

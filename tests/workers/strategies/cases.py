@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from app.domain.strategies import (
-    DistillationConfig,
-    EwcConfig,
-    L2SpConfig,
-    ReplayConfig,
-    StrategyConfig,
-)
+from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.replay import ReplayConfig
+from app.domain.strategies import StrategyConfig
 from workers.strategies.base import Strategy
 from workers.strategies.methods.distillation import Distillation
 from workers.strategies.methods.ewc import Ewc

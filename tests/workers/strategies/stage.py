@@ -52,6 +52,7 @@ class TinyModel(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(WIDTH, VOCABULARY, dtype=F64)
+        self.hidden_BTD: dict[int, Tensor] = {}  # of the last forward
         if lora:
             self.requires_grad_(requires_grad=False)
             self.layer.lora_A.requires_grad = True
@@ -59,8 +60,10 @@ class TinyModel(nn.Module):
 
     def forward(self, input_ids_BT: Tensor, positions_N: Tensor) -> Tensor:
         hidden = self.embedding(input_ids_BT)
+        self.hidden_BTD = {0: hidden}
         count = torch.arange(1, hidden.shape[1] + 1, dtype=F64)[:, None]
         hidden = hidden + self.dropout(torch.tanh(self.layer(hidden.cumsum(1) / count)))
+        self.hidden_BTD[1] = hidden
         out: Tensor = self.head(hidden.reshape(-1, WIDTH)[positions_N])
         return out
 
@@ -146,13 +149,22 @@ class Stage:
             num_training_rows=len(self.training),
             num_general_rows=len(self.general),
             general_micros=self._general_micros,
-            forward=lambda micro: Forward(self.model(micro.input_ids_BT, micro.positions_N)),
+            forward=self._plain_forward,
+            num_layers=1,
+            task_steps=100,
+            store_micros=self._store_micros,
+            rows_micro=self._rows_micro,
+            add_store=self._add_store,
         )
+        self.stores = {"training": self.training, "general": self.general}
+        self._count_stores()
         if self.cached is not None:
             self.ctx.cached = self.cached
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=self.learning_rate)
+        names = frozenset(self.params)
         for strategy in self.strategies:
             strategy.edit_param_groups(self.ctx, [])
+            names = strategy.edit_trainable(self.ctx, names)
         if self.start:
             for strategy in self.strategies:
                 strategy.on_task_start(self.ctx)
@@ -164,6 +176,25 @@ class Stage:
             part = rows[begin : begin + self.micro_rows]
             yield make_micro([("general", row, self.general[row], False) for row in part])
 
+    def _store_micros(self, store: str, rows: Sequence[int]) -> Any:
+        source = "domain" if store.startswith("training") else store
+        for begin in range(0, len(rows), self.micro_rows):
+            yield self._rows_micro(source, store, rows[begin : begin + self.micro_rows])
+
+    def _rows_micro(self, source: str, store: str, rows: Sequence[int]) -> Micro:
+        return make_micro([(source, row, self.stores[store][row], False) for row in rows])
+
+    def _add_store(self, name: str, rows: Any) -> None:
+        self.stores[name] = [ids for ids, _ in rows]
+        self._count_stores()
+
+    def _count_stores(self) -> None:
+        self.ctx.store_sizes = {name: len(rows) for name, rows in self.stores.items()}
+
+    def _plain_forward(self, micro: Micro, layers: frozenset[int] = frozenset()) -> Forward:
+        logits = self.model(micro.input_ids_BT, micro.positions_N)
+        return Forward(logits, hidden_BTD={n: self.model.hidden_BTD[n] for n in layers})
+
     def streams(self) -> tuple[Stream, ...]:
         domain = Stream("domain", tuple(range(len(self.training))), "training", 1.0, True)
         streams: tuple[Stream, ...] = (domain,)
@@ -174,37 +205,51 @@ class Stage:
     def micros(self) -> list[Micro]:
         drawn = []
         for stream in self.streams():
-            store = {"training": self.training, "general": self.general}[stream.store]
+            store = self.stores[stream.store]
             count = round(stream.rows_per_step * self.batch_size)
             for k in range(count):
                 row = stream.rows[(self.step * count + k) % len(stream.rows)]
                 drawn.append((stream.name, row, store[row], stream.counts_as_task))
         size = self.micro_rows
-        return [make_micro(drawn[i : i + size]) for i in range(0, len(drawn), size)]
+        micros = [make_micro(drawn[i : i + size]) for i in range(0, len(drawn), size)]
+        for index in range(len(micros)):
+            for strategy in self.strategies:
+                micros[index] = strategy.edit_batch(self.ctx, micros[index])
+        return micros
 
     def forward(self, micro: Micro) -> Forward:
-        sources: frozenset[str] = frozenset()
-        for strategy in self.strategies:
-            if self.ctx.strength(strategy.kind) > 0:
-                sources |= strategy.needs().teacher_sources
-        logits = self.model(micro.input_ids_BT, micro.positions_N)
+        needs = [strategy.step_needs(self.ctx) for strategy in self.strategies]
+        sources: frozenset[str] = frozenset().union(*(n.teacher_sources for n in needs))
+        layers: frozenset[int] = frozenset().union(*(n.hidden_layers for n in needs))
+        out = self._plain_forward(micro, layers)
         mask = micro.source_mask_N(sources)
         if not mask.any():
-            return Forward(logits)
+            return out
         with torch.no_grad():
             teacher = self.base(micro.input_ids_BT, micro.positions_N)[mask]
-        return Forward(logits, teacher, mask)
+        at = micro.positions_N[mask]
+        taught = {n: h.reshape(-1, WIDTH)[at] for n, h in self.base.hidden_BTD.items()}
+        return Forward(out.logits_NV, teacher, mask, out.hidden_BTD, taught)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the next step before hook 9, left in `grad`; the loss's parts go to `losses`."""
         micros = self.micros()
+        parts: dict[str, float] = {}
+        owners = [s for s in self.strategies if s.step_needs(self.ctx).step_owner]
+        if owners:
+            owners[0].compute_grads(self.ctx, micros, lambda some: self._backward(some, parts))
+        else:
+            self._backward(micros, parts)
+        self.losses.append(parts)
+        return {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None}
+
+    def _backward(self, micros: Sequence[Micro], parts: dict[str, float]) -> None:
         counts: dict[str, float] = {"task": 0.0}
         for micro in micros:
             counts["task"] += float(micro.is_task_B[micro.row_of_N].sum())
             for strategy in self.strategies:
                 for key, count in strategy.count_terms(self.ctx, micro).items():
                     counts[key] = counts.get(key, 0.0) + count
-        parts: dict[str, float] = {}
         for micro in micros:
             out = self.forward(micro)
             nats_N = F.cross_entropy(out.logits_NV, micro.targets_N, reduction="none")
@@ -215,8 +260,6 @@ class Stage:
             torch.stack(list(addends.values())).sum().backward()
             for name, addend in addends.items():
                 parts[name] = parts.get(name, 0.0) + addend.item()
-        self.losses.append(parts)
-        return {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None}
 
     def train(self, steps: int) -> "Stage":
         for _ in range(steps):
@@ -227,13 +270,30 @@ class Stage:
             self.gradients()
             for strategy in self.strategies:
                 strategy.add_grads(self.ctx)
+            for strategy in self.strategies:
+                strategy.edit_grads(self.ctx)
             nn.utils.clip_grad_norm_(list(self.params.values()), 1.0)
+            old = {name: p.detach().clone() for name, p in self.params.items()}
             self.optimizer.step()
             pulls = [p for s in self.strategies if (p := s.prox_pulls(self.ctx))]
             apply_pulls(self.params, pulls, self.ctx.learning_rates)
+            self._edit_displacement(old)
+            for strategy in self.strategies:
+                strategy.on_step_end(self.ctx)
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
         return self
+
+    def _edit_displacement(self, old: dict[str, Tensor]) -> None:
+        first = {name: p.detach() - old[name] for name, p in self.params.items()}
+        delta = dict(first)
+        for strategy in sorted(self.strategies, key=lambda s: (s.update_rank, s.kind)):
+            if strategy.step_needs(self.ctx).snapshot:
+                delta = strategy.edit_update(self.ctx, old, delta)
+        with torch.no_grad():
+            for name, parameter in self.params.items():
+                if delta[name] is not first[name]:
+                    parameter.copy_(old[name] + delta[name])
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from app.domain.strategies import EwcConfig
+from app.domain.configs.quadratic import EwcConfig
 from tests.workers.strategies.cases import CASE_IDS, CASES
 from tests.workers.strategies.stage import Stage, same
 from workers.strategies.base import Strategy

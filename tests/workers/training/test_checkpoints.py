@@ -6,7 +6,7 @@ import json
 import pytest
 import safetensors.torch
 
-from app.domain.strategies import EwcConfig
+from app.domain.configs.quadratic import EwcConfig
 from app.errors import TrainingFailed
 from tests.workers.training.runs import make_plan, make_run, same, weights
 from workers.training.checkpoints import (

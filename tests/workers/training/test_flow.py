@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from app.domain.benchmarks import unpack_array
+from app.domain.configs.quadratic import L2SpConfig
 from app.domain.messages import EXIT_DONE, EXIT_RELEASED, Order, PublishTarget
 from app.domain.policy import Policy
 from app.domain.runplan import ExportPlan
-from app.domain.strategies import L2SpConfig
 from tests.workers.training.rows import make_supervisor
 from tests.workers.training.runs import same
 from tests.workers.training.supervised import Committed, order, stop

@@ -12,13 +12,10 @@ import torch
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from app.domain.strategies import (
-    DistillationConfig,
-    EwcConfig,
-    L2SpConfig,
-    ReplayConfig,
-    StrategyConfig,
-)
+from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.replay import ReplayConfig
+from app.domain.strategies import StrategyConfig
 from tests.workers.training.runs import (
     CPU,
     ListRows,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from app.domain.configs.quadratic import EwcConfig
+from app.domain.configs.replay import ReplayConfig
 from app.domain.messages import EXIT_DONE, EXIT_FAILED
-from app.domain.strategies import EwcConfig, ReplayConfig
 from tests.workers.training.rows import make_supervisor
 from tests.workers.training.runs import same
 from tests.workers.training.supervised import ROOT, SIGKILLED

@@ -1,0 +1,1 @@
+"""One typed configuration per mitigation strategy."""

@@ -1,0 +1,131 @@
+"""What strategies see of a run: passes over rows, forwards of student and teacher, and a cache across jobs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from app.domain.runplan import RunPlan
+from workers.data.batches import DOMAIN, DrawnRow, build_micro, split_micros
+from workers.strategies.base import Forward, Micro, TokenRow
+from workers.training.loop import Run
+from workers.training.models import autocast_type
+from workers.training.ranks import Ranks
+
+
+class ListedRows:
+    """A store of rows that a strategy made."""
+
+    def __init__(self, rows: Sequence[TokenRow]) -> None:
+        self._rows = [
+            (np.asarray(ids, dtype=np.int32), np.asarray(weights, dtype=np.float32))
+            for ids, weights in rows
+        ]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return np.asarray([len(ids) for ids, _ in self._rows], dtype=np.int64)
+
+    def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Token ids of a row and the loss weight of each token as a target."""
+        return self._rows[index]
+
+
+def show_the_run(plan: RunPlan, run: Run) -> None:
+    """Gives strategies their view of the run."""
+    ctx = run.ctx
+
+    def store_micros(store: str, rows: Sequence[int]) -> Iterator[Micro]:
+        drawn = [DrawnRow(_source(store), store, row, is_task=False) for row in rows]
+        planned = split_micros(
+            drawn,
+            {store: run.stores[store].lengths},
+            max_tokens=run.training.max_tokens_per_micro_batch,
+            spare_padding=run.spare_padding,
+        )
+        for part in planned[run.ranks.rank :: run.ranks.world_size]:
+            yield build_micro(part, run.stores, ctx.device)
+
+    def rows_micro(source: str, store: str, rows: Sequence[int]) -> Micro:
+        drawn = [DrawnRow(source, store, row, is_task=False) for row in rows]
+        return build_micro(drawn, run.stores, ctx.device)
+
+    def add_store(name: str, rows: Sequence[TokenRow]) -> None:
+        made = ListedRows(rows)
+        run.stores[name] = made
+        run.sampler.add_store(name, made.lengths)
+        ctx.store_sizes = {n: len(store.lengths) for n, store in run.stores.items()}
+
+    def forward(micro: Micro, layers: frozenset[int] = frozenset()) -> Forward:
+        logits, hidden = run.student.with_hidden(micro.input_ids_BT, micro.positions_N, layers)
+        return Forward(logits_NV=logits, hidden_BTD=hidden)
+
+    ctx.all_reduce = run.ranks.all_reduce
+    ctx.store_sizes = {name: len(store.lengths) for name, store in run.stores.items()}
+    ctx.store_micros = store_micros
+    ctx.general_micros = lambda rows: store_micros("general", rows)
+    ctx.rows_micro = rows_micro
+    ctx.add_store = add_store
+    ctx.forward = forward
+    ctx.base_forward = run.teacher
+    ctx.base_hidden = run.teacher.hidden
+    ctx.cached = _Cache(plan, run.model, run.ranks, ctx.device)
+
+
+def _source(store: str) -> str:
+    """What the rows of a store are called when a strategy reads them of its own accord."""
+    return DOMAIN if store.startswith("training") else store
+
+
+class _Cache:
+    """Tensors that follow from (base, general rows, settings), kept under the cache directory."""
+
+    def __init__(self, plan: RunPlan, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
+        training = plan.training
+        settings = {
+            "base": plan.base.sha256,
+            "default_template": plan.base.default_template,
+            "general": None if plan.general_rows is None else plan.general_rows.sha256,
+            "max_seq_length": training.max_seq_length,
+            "type": training.type,
+            "precision": str(autocast_type(training, device)),
+            "device": device.type,
+            "lora": training.lora.model_dump() if training.type == "lora" else None,
+            "seed": training.seed,
+            "dtype": str(next(model.parameters()).dtype),
+        }
+        self._settings = json.dumps(settings, sort_keys=True)
+        self._directory = Path(plan.cache_directory) / "strategies"
+        self._ranks = ranks
+        self._device = device
+
+    def __call__(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        name = hashlib.sha256(f"{self._settings}/{key}".encode()).hexdigest()
+        path = self._directory / f"{name}.safetensors"
+        found = self._load(path)
+        seen = self._ranks.sum_counts({"found": float(found is not None)})
+        if found is not None and seen["found"] == self._ranks.world_size:
+            return found
+        made = make()
+        if self._ranks.is_speaker:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            save_file({k: v.detach().cpu().contiguous() for k, v in made.items()}, temporary)
+            temporary.replace(path)
+        return made
+
+    def _load(self, path: Path) -> dict[str, Tensor] | None:
+        """None where nothing readable lies there: a torn file is made again."""
+        try:
+            return dict(load_file(path, device=str(self._device)))
+        except (OSError, safetensors.SafetensorError):
+            return None

@@ -1,0 +1,36 @@
+"""From a strategy's configuration to the strategy."""
+
+from collections.abc import Sequence
+from typing import assert_never
+
+from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.replay import ReplayConfig
+from app.domain.strategies import StrategyConfig
+from workers.strategies.base import Strategy
+
+SHARED_FIELDS = {"type", "strength", "armed"}  # of every strategy; the run holds them
+
+
+def build_strategies(configs: Sequence[StrategyConfig]) -> tuple[Strategy, ...]:
+    """The strategies of a job, sorted by kind: the order of the list never matters."""
+    return tuple(sorted((_build_strategy(config) for config in configs), key=lambda s: s.kind))
+
+
+def _build_strategy(config: StrategyConfig) -> Strategy:
+    from workers.strategies.methods.distillation import Distillation
+    from workers.strategies.methods.ewc import Ewc
+    from workers.strategies.methods.l2sp import L2Sp
+    from workers.strategies.methods.replay import Replay
+
+    match config:
+        case EwcConfig():
+            return Ewc(**config.model_dump(exclude=SHARED_FIELDS))
+        case L2SpConfig():
+            return L2Sp(**config.model_dump(exclude=SHARED_FIELDS))
+        case ReplayConfig():
+            return Replay(**config.model_dump(exclude=SHARED_FIELDS))
+        case DistillationConfig():
+            return Distillation(**config.model_dump(exclude=SHARED_FIELDS))
+        case _:
+            assert_never(config)
