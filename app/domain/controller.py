@@ -14,6 +14,7 @@ from app.domain.decisions import (
 )
 from app.domain.levers import turn_up, with_strength
 from app.domain.policy import Policy
+from app.domain.staging import cross_stages
 from app.domain.wording import describe_reading, number_text
 
 
@@ -23,8 +24,8 @@ def decide(
     """What to do after one evaluation point.
 
     The ladder of a confirmed regression is repair, raise (twice at most), learning rate, rollback, stop;
-    a severe one or a value that is not finite starts at the rollback, and so does the last evaluation,
-    after which no softer rung could show its effect. Nothing else changes a coefficient but a pass with
+    a severe one or a value that is not finite starts at the rollback, and so does the last evaluation
+    of a stage, after which no softer rung could show its effect. Nothing else changes a coefficient but a pass with
     room to spare, which lowers a raised strength. Equal arguments give equal decisions.
 
     Args:
@@ -33,6 +34,12 @@ def decide(
         state: As the last decision left it, else `initial_state`.
         look: The reading and what else is known at this point.
     """
+    return cross_stages(_decide(policy, levers, state, look), look)
+
+
+def _decide(
+    policy: Policy, levers: Sequence[LeverState], state: ControllerState, look: Look
+) -> Decision:
     state = state.model_copy(update={"evals": state.evals + 1, "branch": look.branch})
     reading = look.reading
     if reading.not_finite or not look.train_loss_finite:
@@ -62,7 +69,8 @@ def _settle(
         update |= {"raises_in_a_row": 0, "repaired": False, "excess_before_raise": None}
     state = state.model_copy(update=update)
     stopping = policy.early_stopping
-    if stopping.enabled and state.evals_without_improvement >= stopping.patience:
+    may_stop = stopping.enabled and look.is_in_last_stage
+    if may_stop and state.evals_without_improvement >= stopping.patience:
         return Decision(
             action=Action.STOP,
             reason=(
@@ -72,7 +80,7 @@ def _settle(
             code="early_stopping",
             state=state,
         )
-    if passed and not look.is_last and not was_cooling and _has_room(policy, look.reading):
+    if passed and not look.is_gate and not was_cooling and _has_room(policy, look.reading):
         lowered = _lower(policy, levers, state, look.reading)
         if lowered is not None:
             return lowered
@@ -139,8 +147,9 @@ def _climb(
     if look.reading.severe:
         what += " A lower bound is above twice its limit."
         return _roll_back(policy, levers, state, look, "severe_drop", what, ())
-    if look.is_last:
-        what += " No training is left in which a softer step could show its effect."
+    if look.is_gate:
+        left = "training" if look.is_last else "training of this stage"
+        what += f" No {left} is left in which a softer step could show its effect."
         return _roll_back(policy, levers, state, look, "drop_confirmed", what, ())
     if ladder.repair and look.repair_possible and not state.repaired:
         return Decision(

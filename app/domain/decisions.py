@@ -112,6 +112,15 @@ class CheckpointFact(Frozen):
     valid_loss: float | None
 
 
+class StageFact(Frozen):
+    """A stage as decide() sees it: the steps it covers and the strengths asked for in it."""
+
+    name: str
+    first_step: int  # accepted steps when it begins
+    last_step: int  # and when it is done
+    strengths: dict[str, float]
+
+
 class Look(Frozen):
     """The evidence of one evaluation point."""
 
@@ -123,6 +132,17 @@ class Look(Frozen):
     train_loss_finite: bool = True
     repair_possible: bool = True
     checkpoints: tuple[CheckpointFact, ...] = ()
+    stages: tuple[StageFact, ...] = ()  # empty: one stage
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether a stage ends here: what regresses now is not carried into the next."""
+        return self.is_last or any(self.step == stage.last_step for stage in self.stages)
+
+    @property
+    def is_in_last_stage(self) -> bool:
+        """Whether no stage comes after the one being trained."""
+        return not self.stages or self.step > self.stages[-1].first_step
 
 
 class Decision(Frozen):

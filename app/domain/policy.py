@@ -1,6 +1,6 @@
 """The retention policy: what is watched, how large a drop is tolerated, how to react."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -74,4 +74,8 @@ class Retention(Frozen):
 
     strategies: tuple[StrategyConfig, ...] | Literal["auto"] = "auto"
     policy: Policy = Policy()
+    privacy: Literal["any", "no_rows_kept"] = "any"  # the latter: no strategy keeps domain rows
+    merge_back: Annotated[float, Field(ge=0, lt=1)] | Literal["search"] | None = (
+        None  # how far the published weights go back to the base; `search`: as far as helps
+    )
     general_data: str | None = None  # id of a file of training rows; None: the base model's own

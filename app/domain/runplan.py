@@ -9,7 +9,7 @@ from app.domain.decisions import ControllerState
 from app.domain.frozen import Frozen
 from app.domain.messages import Carry, DecisionReply, Order
 from app.domain.policy import Policy
-from app.domain.spec import ResolvedTraining
+from app.domain.spec import ResolvedStudent, ResolvedTraining
 from app.domain.strategies import StrategyConfig
 
 
@@ -67,6 +67,7 @@ class StagePlan(Frozen):
     training_rows: RowsPlan
     training: ResolvedTraining  # `total_steps` are this stage's
     trains: Literal["all", "backbone", "adapter"] = "all"
+    strengths: dict[str, float] = Field(default_factory=dict)  # where the stage's differ
 
 
 class RunPlan(Frozen):
@@ -83,6 +84,8 @@ class RunPlan(Frozen):
     training: ResolvedTraining  # `total_steps` are those of all stages together
     strategies: tuple[StrategyConfig, ...]
     stages: tuple[StagePlan, ...] = ()  # empty: one stage, all of the training rows
+    student: ResolvedStudent | None = None
+    merge_back: float | Literal["search"] | None = None
     models: dict[str, str] = Field(
         default_factory=dict
     )  # other models that strategies name, as local directories

@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field
 
 from app.domain.frozen import Frozen
 from app.domain.policy import Policy, Retention
+from app.domain.stages import Stage
 from app.domain.strategies import StrategyConfig
 
 Auto = Literal["auto"]
@@ -64,6 +65,7 @@ class Resources(Frozen):
 
     num_gpus: int = Field(default=1, ge=0, le=64)  # counts CPU slots where a node has no GPU
     num_processes: int | None = Field(default=None, ge=1, le=64)  # ranks; None: one a GPU
+    memory_gb: float | None = Field(default=None, gt=0, le=1e5)  # of a device; what `auto` keeps to
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
@@ -85,6 +87,8 @@ class CreateJob(Frozen):
     integrations: tuple[()] | None = None
     retention: Retention | None = Retention()  # null turns retention off
     training: Training = Training()
+    stages: tuple[Stage, ...] = Field(default=(), max_length=32)
+    preset: Literal["roadmap"] | None = None  # stages that are written out at submit
     resources: Resources = Resources()
     priority: int = Field(default=0, ge=-100, le=100)
 
@@ -110,6 +114,29 @@ class ResolvedTraining(Frozen):
     checkpoint_interval: int | None
     precision: Literal["auto", "fp32", "bf16"]
     seed: int
+    late_adapter: bool = False  # full fine-tuning whose later stage trains an adapter
+
+
+class ResolvedStage(Frozen):
+    """A stage of training; `training.total_steps` are its own."""
+
+    name: str
+    training_file: str  # public id
+    training: ResolvedTraining
+    trains: Literal["all", "backbone", "adapter"] = "all"
+    strengths: dict[str, float] = Field(default_factory=dict)
+
+
+class ResolvedStudent(Frozen):
+    """The student that is distilled from the tuned model; `training.total_steps` are its own."""
+
+    name: str
+    layers: float
+    training: ResolvedTraining
+    kd_coef: float
+    ce_coef: float
+    temperature: float
+    general_ratio: float
 
 
 class JobSpec(Frozen):
@@ -120,6 +147,8 @@ class JobSpec(Frozen):
     strategies: tuple[StrategyConfig, ...]  # empty: plain training
     strategies_why: str | None  # what `auto` chose and why
     policy: Policy | None  # None: retention off, or no suite to watch
+    stages: tuple[ResolvedStage, ...] = ()  # empty: one stage, the training file
+    student: ResolvedStudent | None = None
 
 
 class ExportSpec(Frozen):

@@ -16,6 +16,7 @@ from app.domain.decisions import (
     LeverState,
     Look,
     Reading,
+    StageFact,
     Verdict,
 )
 from app.domain.identifiers import public_id
@@ -24,6 +25,7 @@ from app.domain.messages import PublishTarget, RollBack
 from app.domain.policy import Policy
 from app.domain.publishing import choose_checkpoint
 from app.domain.spec import JobSpec
+from app.domain.staging import stage_facts, stage_strategies, trained_stage
 from app.services.events import add_job_event
 from app.services.webhooks import emit_event
 
@@ -52,7 +54,9 @@ def apply_decision(
         look: The evidence.
         origin: `run`, or `external:<evaluation id>`.
     """
-    levers, before = _controller(job, policy)
+    spec = JobSpec.model_validate(job.spec)
+    look = look.model_copy(update={"stages": _stages(spec)})
+    levers, before = _controller(job, spec, policy, look)
     decision = decide(policy, levers, before, look)
     row = DecisionRow(
         project_id=job.project_id,
@@ -134,12 +138,22 @@ def find_publish_target(
     )
 
 
-def _controller(job: Job, policy: Policy) -> tuple[tuple[LeverState, ...], ControllerState]:
-    spec = JobSpec.model_validate(job.spec)
+def _stages(spec: JobSpec) -> tuple[StageFact, ...]:
+    return stage_facts(spec.stages, spec.strategies, lora=spec.training.type == "lora")
+
+
+def _controller(
+    job: Job, spec: JobSpec, policy: Policy, look: Look
+) -> tuple[tuple[LeverState, ...], ControllerState]:
+    """The levers of the stage being trained, and the coefficients in force."""
     is_lora = spec.training.type == "lora"
-    levers = build_levers(spec.strategies, policy, lora=is_lora)
+    strategies = spec.strategies
+    if spec.stages:
+        stage = spec.stages[trained_stage(look.stages, look.step)]
+        strategies = stage_strategies(strategies, stage.strengths)
+    levers = build_levers(strategies, policy, lora=is_lora)
     if job.controller_state is None:
-        return levers, initial_state(spec.strategies, lora=is_lora)
+        return levers, initial_state(strategies, lora=is_lora)
     return levers, ControllerState.model_validate(job.controller_state)
 
 

@@ -14,7 +14,15 @@ from app.db.repositories.history import HistoryRepository
 from app.domain.decisions import Action, ControllerState
 from app.domain.identifiers import parse_id, public_id
 from app.domain.messages import Carry, DecisionReply
-from app.domain.runplan import BasePlan, BenchmarkPlan, ExportPlan, ResumePoint, RowsPlan, RunPlan
+from app.domain.runplan import (
+    BasePlan,
+    BenchmarkPlan,
+    ExportPlan,
+    ResumePoint,
+    RowsPlan,
+    RunPlan,
+    StagePlan,
+)
 from app.domain.spec import ExportSpec, JobSpec
 from app.domain.states import JobKind
 from app.errors import TrainingFailed
@@ -127,7 +135,7 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
         raise TrainingFailed("The job has no training file.", "training_file", "file_not_found")
     policy = spec.policy
     asked = None if policy is None else policy.gate_items
-    resources = spec.request.resources
+    resources, retention = spec.request.resources, spec.request.retention
     checkpoint = choose_resume(session, job)
     plan = RunPlan(
         job_id=public_id("job", job.id),
@@ -139,6 +147,9 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
         general_rows=rows["general_data"],
         training=spec.training,
         strategies=spec.strategies,
+        stages=_stages(session, spec, scratch, inputs),
+        student=spec.student,
+        merge_back=None if retention is None else retention.merge_back,
         policy=policy,
         benchmarks=_benchmarks(session, job, spec, base, scratch, inputs),
         eval_interval=earlier.get("eval_interval"),
@@ -217,6 +228,26 @@ def _rows(
         return None
     local = _file(session, file_id, param, scratch, inputs)
     return RowsPlan(path=str(local.local), sha256=local.sha256)
+
+
+def _stages(
+    session: Session, spec: JobSpec, scratch: Scratch, inputs: list[Input]
+) -> tuple[StagePlan, ...]:
+    plans = []
+    for place, stage in enumerate(spec.stages):
+        param = f"stages.{place}.training_file"
+        file_id = parse_id("file", stage.training_file, param=param)
+        local = _file(session, file_id, param, scratch, inputs)
+        plans.append(
+            StagePlan(
+                name=stage.name,
+                training_rows=RowsPlan(path=str(local.local), sha256=local.sha256),
+                training=stage.training,
+                trains=stage.trains,
+                strengths=stage.strengths,
+            )
+        )
+    return tuple(plans)
 
 
 def _file(

@@ -19,6 +19,7 @@ from app.domain.policy import Policy, WatchedBenchmark
 from app.domain.power import PlannedBenchmark, Power, power
 from app.domain.runplan import BasePlan
 from app.domain.spec import CreateJob, JobSpec
+from app.domain.staging import resolve_stages, stage_files
 from app.domain.states import JobKind, JobState
 from app.domain.submit import (
     MEASURED_PARAMETERS,
@@ -45,11 +46,12 @@ class JobFiles:
     training: File
     validation: File | None
     general: File | None  # None: the job names none and the base model has none
+    stages: dict[str, File]  # those that stages name, by public id
 
     @property
     def is_checked(self) -> bool:
         """Whether every file's lines have been checked."""
-        files = (self.training, self.validation, self.general)
+        files = (self.training, self.validation, self.general, *self.stages.values())
         return all(file is None or file.status == PROCESSED for file in files)
 
 
@@ -172,7 +174,10 @@ def _find_files(session: Session, project_id: UUID, base: BaseModel, body: Creat
         )
     elif base.general_file_id is not None and body.retention is not None:
         general = FileRepository(session).get(None, base.general_file_id, share=True)
-    return JobFiles(training, validation, general)
+    stages = {
+        text: _find_rows(session, project_id, text, param) for param, text in stage_files(body)
+    }
+    return JobFiles(training, validation, general, stages)
 
 
 def _find_rows(session: Session, project_id: UUID, text: str, param: str) -> File:
@@ -216,6 +221,13 @@ def _resolve(
         has_general_data=files.general is not None,
         num_parameters=base.details.get("num_parameters"),
     )
+    rows = {text: _num_rows(file) for text, file in files.stages.items()}
+    staged = resolve_stages(
+        body,
+        training,
+        chosen.strategies,
+        {body.training_file: _num_rows(files.training)} | rows,
+    )
     policy: Policy | None = None
     watched: tuple[Watched, ...] = ()
     if body.retention is not None:
@@ -232,10 +244,12 @@ def _resolve(
             policy = None
     spec = JobSpec(
         request=body,
-        training=training,
+        training=staged.training,
         strategies=chosen.strategies,
         strategies_why=chosen.why,
         policy=policy,
+        stages=staged.stages,
+        student=staged.student,
     )
     return spec, watched, chosen
 

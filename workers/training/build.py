@@ -1,6 +1,6 @@
 """From a RunPlan to a run: model, adapters, strategies, tasks and optimiser, put together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,11 @@ from workers.training.tasks import build_tasks, store_name
 def first_controller(plan: RunPlan) -> ControllerState:
     """The coefficients at step 0."""
     lora = plan.training.type == "lora"
+    first = plan.stages[0].strengths if plan.stages else {}
     return ControllerState(
-        strengths={c.type: strength_in_force(c, lora=lora) for c in plan.strategies},
+        strengths={
+            c.type: first.get(c.type, strength_in_force(c, lora=lora)) for c in plan.strategies
+        },
         branch=plan.branch,
     )
 
@@ -54,15 +57,50 @@ def build_run(
     is_lora = training.type == "lora"
     frozen_type = torch.bfloat16 if autocast and device.type == "cuda" else torch.float32
     weights_type = dtype or (frozen_type if is_lora else torch.float32)
-    if strategies is None:
-        strategies = build_strategies(plan.strategies)
     model = load_base(plan.base, device, weights_type)
     if training.gradient_checkpointing:
         enable: Any = model.activation_checkpointing_enable
         enable(activation_checkpointing_kwargs={"use_reentrant": False})
     probe = SelectedLogits(model, autocast=autocast).probe_hash() if is_lora else None
-    if is_lora:
+    if is_lora or training.late_adapter:
         model = add_adapters(model, training.lora, seed=training.seed)
+    if training.late_adapter:  # which stage trains what is settled as each is entered
+        model.requires_grad_(requires_grad=True)
+
+    def load_copy() -> SelectedLogits:
+        copy = load_base(plan.base, device, dtype or frozen_type).eval()
+        return SelectedLogits(copy.requires_grad_(requires_grad=False), autocast=autocast)
+
+    def find_teacher(student: SelectedLogits) -> Teacher:
+        teacher = Teacher(student, None if is_lora else load_copy)
+        teacher.probe = probe
+        return teacher
+
+    if strategies is None:
+        strategies = build_strategies(plan.strategies)
+    return assemble_run(plan, model, find_teacher, stores, ranks, strategies)
+
+
+def assemble_run(
+    plan: RunPlan,
+    model: nn.Module,
+    find_teacher: Callable[[SelectedLogits], Teacher],
+    stores: Mapping[str, Rows],
+    ranks: Ranks,
+    strategies: tuple[Strategy, ...],
+) -> Run:
+    """A run of a model that is there.
+
+    Args:
+        plan: What to train; where the model came from is not asked again.
+        model: On this rank's device; what requires a gradient is trained.
+        find_teacher: The model that strategies compare the student with.
+        stores: Tokenised rows by store.
+        ranks: Of this run.
+        strategies: Sorted by kind.
+    """
+    training = plan.training
+    device = next(model.parameters()).device
     ctx = Context(
         model=model,
         params={},
@@ -83,21 +121,14 @@ def build_run(
     model.train()
     ctx.model = model
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    student = SelectedLogits(model, autocast=autocast)
+    student = SelectedLogits(model, autocast=autocast_type(training, device))
     ctx.num_layers = student.num_layers
-
-    def load_copy() -> SelectedLogits:
-        copy = load_base(plan.base, device, dtype or frozen_type).eval()
-        return SelectedLogits(copy.requires_grad_(requires_grad=False), autocast=autocast)
-
-    teacher = Teacher(student, None if is_lora else load_copy)
-    teacher.probe = probe
     num_rows = [len(stores[store_name(stage)].lengths) for stage in range(ctx.num_tasks)]
     run = Run(
         training=training,
         model=model,
         student=student,
-        teacher=teacher,
+        teacher=find_teacher(student),
         strategies=strategies,
         ctx=ctx,
         ranks=ranks,
@@ -107,7 +138,7 @@ def build_run(
             batch_size=training.batch_size,
             lengths={name: store.lengths for name, store in stores.items()},
         ),
-        tasks=build_tasks(plan, num_rows, [None] * ctx.num_tasks),
+        tasks=build_tasks(plan, num_rows, _trained(plan, params)),
         all_params=params,
         all_pairs=lora_pairs(model),
         make_optimizer=make_optimizer,
@@ -118,6 +149,15 @@ def build_run(
     show_the_run(plan, run)
     run.enter(0)
     return run
+
+
+def _trained(plan: RunPlan, params: Mapping[str, nn.Parameter]) -> list[frozenset[str] | None]:
+    """What each stage trains, where full fine-tuning is followed by an adapter; else everything."""
+    if not plan.training.late_adapter:
+        return [None] * max(len(plan.stages), 1)
+    adapter = frozenset(name for name in params if ".lora_" in name)
+    backbone = frozenset(params) - adapter
+    return [adapter if stage.trains == "adapter" else backbone for stage in plan.stages]
 
 
 def _spare_padding(model: nn.Module, device: torch.device) -> int:

@@ -6,6 +6,7 @@ from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, BenchmarkVersion, File, Job
+from app.domain.identifiers import public_id
 from app.domain.states import JobState
 from app.errors import NotFound
 
@@ -87,6 +88,7 @@ class FileRepository:
                     Job.training_file_id == file.id,
                     Job.validation_file_id == file.id,
                     Job.general_file_id == file.id,
+                    Job.spec.contains({"stages": [{"training_file": public_id("file", file.id)}]}),
                 ),
                 Job.state.not_in(_ENDED),
             )
