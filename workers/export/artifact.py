@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,6 +19,7 @@ _ALLOWED: Final = (
     ".jinja",
     ".txt",
     ".model",
+    ".png",
 )  # nothing that is unpickled or run
 
 
@@ -31,6 +32,7 @@ def save_artifact(
     alpha: float,
     provenance: Mapping[str, Any],
     chat_template: str | None = None,
+    extras: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes the weights as they stand, so set the point of the line before.
 
@@ -45,6 +47,7 @@ def save_artifact(
         alpha: The point, recorded.
         provenance: JSON values for `retain.json`: `job`, `base_model`, `base_sha256`, `template`.
         chat_template: In force where the tokenizer has none; written with it.
+        extras: Writes what is published beside the weights, as safetensors, JSON or PNG.
 
     Returns:
         The directory.
@@ -61,6 +64,8 @@ def save_artifact(
         saved: Any = model
         saved.save_pretrained(partial)
     _save_tokenizer(partial, tokenizer, chat_template)
+    if extras is not None:
+        extras(partial)
     files = {name: file_sha256(path) for name, path in list_files(partial).items()}
     foreign = [name for name in files if not name.endswith(_ALLOWED)]
     if foreign:

@@ -1,5 +1,6 @@
 """An export job: one point of the line from base to tuned, measured and written as an artifact."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def write_artifact(
     directory: Path,
     *,
     alpha: float,
+    extras: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes the weights as they stand, with where they came from."""
+    """Writes the weights as they stand, with where they came from and what is published beside them."""
     save_artifact(
         directory,
         model,
@@ -84,4 +86,5 @@ def write_artifact(
             "template": "built-in" if plan.base.default_template else "base",
         },
         chat_template=chat_template(plan.base),
+        extras=extras,
     )

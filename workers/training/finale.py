@@ -186,8 +186,13 @@ def save_published(session: Session, alpha: float) -> str:
     for strategy in run.strategies:
         model = strategy.export(run.ctx, model)
     directory = session.scratch / f"artifact-a{plan.attempt}"
+
+    def extras(partial: Path) -> None:
+        for strategy in run.strategies:
+            strategy.export_files(run.ctx, partial)
+
     if run.ranks.is_speaker:
-        write_artifact(plan, model, session.tokenizer, directory, alpha=alpha)
+        write_artifact(plan, model, session.tokenizer, directory, alpha=alpha, extras=extras)
     return str(directory)
 
 

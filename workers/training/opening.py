@@ -45,6 +45,7 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
     stores = _load_stores(plan, tokenizer, talk, ranks)
     validation = stores.pop("validation", None)
     run = build_run(plan, stores, ranks, device)
+    run.ctx.note = lambda code, text, data: talk.note("info", code, text, **data)
     policy = plan.policy or Policy()
     budget = plan.training.max_tokens_per_micro_batch
 
