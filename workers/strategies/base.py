@@ -7,9 +7,10 @@ order in which strategies were listed, so the loop calls them sorted by `kind`):
     TASK    4 on_task_start
     STEP    5 on_step_start
             6 edit_batch   7 step_needs   8 count_terms + loss_terms         for each micro-batch
+              (once, between 6 and 7: before_backward, for terms that are functions of the whole step)
               (exclusive: a step owner's compute_grads decides which micro-batches are read, and where)
             9 add_grads                                                       once, after the all-reduce
-           10 edit_grads
+           10 edit_grads; then held parameters lose their gradients
            11 clip (the loop)   12 optimizer.step (the loop)
            13a prox_pulls   13b/c edit_update, in the order of `update_rank`
            14 on_step_end; then zero_grad (the loop)
@@ -25,7 +26,7 @@ term k over all micro-batches and ranks of the step (`count_terms`), known befor
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,23 @@ class Term:
 
 
 @dataclass(frozen=True)
+class OptimizerChoice:
+    """The algorithm of hook 12. The defaults are what a run takes when no strategy chooses.
+
+    Args:
+        name: `adamw`, `radam` (both with decoupled decay), `sgd` or `adafactor`.
+        betas: Of `adamw` and `radam`.
+        epsilon: Of `adamw` and `radam`.
+        momentum: Of `sgd`.
+    """
+
+    name: Literal["adamw", "radam", "sgd", "adafactor"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a strategy asks of the run: for its whole life, or for one step."""
 
@@ -246,6 +264,15 @@ class LoraPair:
     adapter: str = "default"
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Counterparts of a store's rows: the same answer to the same question, put in another way."""
+
+    store: str  # where the counterparts lie
+    row_of: Sequence[int]  # by row of the store they belong to; -1: none
+    digest: str  # of what they are
+
+
 @dataclass
 class Context:
     """What the loop shows to strategies. Strategies read it; only the loop writes.
@@ -273,6 +300,8 @@ class Context:
     rank: int = 0
     world_size: int = 1
     learning_rates: dict[str, float] = field(default_factory=dict)
+    #: What a group's `base_lr` is multiplied by in a step of the task at hand, counted from its first.
+    schedule: Callable[[int], float] = lambda _: 1.0
     #: Sums a tensor in place over ranks; nothing on one rank.
     all_reduce: Callable[[Tensor], None] = lambda _: None
     #: Micro-batches of the given general rows, shared out over the ranks: for passes of a strategy's own.
@@ -295,6 +324,10 @@ class Context:
     base_forward: Callable[[Micro, Tensor], Tensor] | None = None
     #: Its hidden states there, by layer: (micro, mask, layers).
     base_hidden: Callable[[Micro, Tensor, frozenset[int]], Mapping[int, Tensor]] | None = None
+    #: Counterparts of the rows of a store, by store.
+    pairs: Mapping[str, Pairs] = field(default_factory=dict)
+    #: The environment that each row of a store names ("": none), by store; only stores where some row does.
+    environments: Mapping[str, Sequence[str]] = field(default_factory=dict)
     #: Local directories of the other models that the job names.
     models: Mapping[str, str] = field(default_factory=dict)
     #: Puts a finding on the job's log: (code, message, data).
@@ -347,6 +380,10 @@ class Strategy:
         """2: learning rate and decay per group."""
         return groups
 
+    def choose_optimizer(self, ctx: Context) -> OptimizerChoice | None:
+        """2: the algorithm that moves the parameters; None leaves it to others. At most one may choose."""
+        return None
+
     def edit_trainable(self, ctx: Context, names: frozenset[str]) -> frozenset[str]:
         """2: which of the run's parameters the task at hand trains; called whenever a task is entered."""
         return names
@@ -371,6 +408,9 @@ class Strategy:
         """6: changes a micro-batch."""
         return micro
 
+    def before_backward(self, ctx: Context, micros: Sequence[Micro]) -> None:
+        """Looks at this rank's micro-batches of the step, on every rank in every step (there may be none)."""
+
     def count_terms(self, ctx: Context, micro: Micro) -> Mapping[str, float]:
         """8: this micro-batch's share of the counts that its terms are divided by."""
         return {}
@@ -393,6 +433,12 @@ class Strategy:
 
     def edit_grads(self, ctx: Context) -> None:
         """10: projections of the gradient."""
+
+    def held(self, ctx: Context) -> frozenset[str]:
+        """10: parameters that this step must not move: after `edit_grads` the loop takes their gradients
+        away, and neither pulls nor `edit_update` reach them.
+        """
+        return frozenset()
 
     # 13-14
     def prox_pulls(self, ctx: Context) -> Mapping[str, Pull]:

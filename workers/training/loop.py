@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,9 +62,12 @@ class Run:
         Raises:
             TrainingFailed: A strategy that is turned on lacks the rows it draws from.
         """
+        self._set_coefs(controller)
+        self.refresh_streams()
+
+    def _set_coefs(self, controller: ControllerState) -> None:
         self.controller = controller
         self.ctx.coefs = {s.kind: controller.strengths.get(s.kind, 0.0) for s in self.strategies}
-        self.refresh_streams()
 
     def refresh_streams(self) -> None:
         """Asks every strategy which rows are drawn from now on."""
@@ -80,6 +84,8 @@ class Run:
         task, ctx = self.tasks[index], self.ctx
         ctx.task_index, ctx.task_name = index, task.name
         ctx.task_first_step, ctx.task_steps = task.first_step, task.training.total_steps
+        ctx.schedule = partial(learning_rate_factor, task.training)
+        self._set_coefs(self.controller)
         ctx.num_training_rows = len(task.stream.rows)
         names = task.trained or frozenset(self.all_params)
         for strategy in self.strategies:
@@ -154,6 +160,7 @@ def train_step(run: Run) -> StepMetrics:
         strategy.add_grads(ctx)  # [9]
     for strategy in strategies:
         strategy.edit_grads(ctx)  # [10]
+    held = _hold(run)
     grad_norm = float(nn.utils.clip_grad_norm_(params, run.training.max_grad_norm))  # [11]
     totals = run.ranks.sum_counts(meter.read())
     is_finite = math.isfinite(grad_norm) and math.isfinite(totals.get("loss", 0.0))
@@ -162,7 +169,7 @@ def train_step(run: Run) -> StepMetrics:
     ):  # else the weights stay as they are: three such steps in a row end in an evaluation
         snapshot = _snapshot(run)
         run.optimizer.step()  # [12]
-        _edit_displacement(run, snapshot)  # [13]
+        _edit_displacement(run, snapshot, held)  # [13]
         for strategy in strategies:
             strategy.on_step_end(ctx)  # [14]
     run.optimizer.zero_grad(set_to_none=True)
@@ -209,6 +216,8 @@ def _next_micros(run: Run) -> list[Micro]:
             micro = strategy.edit_batch(run.ctx, micro)
         if micro.positions_N.numel():
             micros.append(micro)
+    for strategy in run.strategies:
+        strategy.before_backward(run.ctx, micros)
     return micros
 
 
@@ -289,10 +298,20 @@ def _snapshot(run: Run) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in run.ctx.params.items()}
 
 
-def _edit_displacement(run: Run, snapshot: Mapping[str, Tensor]) -> None:
+def _hold(run: Run) -> frozenset[str]:
+    """What no strategy and no momentum may move in this step: a parameter without gradient is skipped."""
+    held: frozenset[str] = frozenset().union(*(s.held(run.ctx) for s in run.strategies))
+    for name in held & run.ctx.params.keys():
+        run.ctx.params[name].grad = None
+    return held
+
+
+def _edit_displacement(run: Run, snapshot: Mapping[str, Tensor], held: frozenset[str]) -> None:
     """[13a] all pulls in one implicit step, then [13b, c] constraints on the real displacement."""
     ctx = run.ctx
     pulls = [pulls for strategy in run.strategies if (pulls := strategy.prox_pulls(ctx))]
+    if held:
+        pulls = [{n: p for n, p in of_one.items() if n not in held} for of_one in pulls]
     if pulls:
         apply_pulls(ctx.params, pulls, ctx.learning_rates)
     if not snapshot:
@@ -304,7 +323,7 @@ def _edit_displacement(run: Run, snapshot: Mapping[str, Tensor]) -> None:
             delta = strategy.edit_update(ctx, snapshot, delta)
     with torch.no_grad():
         for name, old in snapshot.items():
-            if delta[name] is not first[name]:
+            if delta[name] is not first[name] and name not in held:
                 ctx.params[name].copy_(old + delta[name])
 
 

@@ -215,6 +215,8 @@ class Stage:
         for index in range(len(micros)):
             for strategy in self.strategies:
                 micros[index] = strategy.edit_batch(self.ctx, micros[index])
+        for strategy in self.strategies:
+            strategy.before_backward(self.ctx, micros)
         return micros
 
     def forward(self, micro: Micro) -> Forward:
