@@ -29,7 +29,6 @@ def save_artifact(
     tokenizer: Any,  # noqa: ANN401 - transformers is untyped
     *,
     kind: ArtifactKind,
-    alpha: float,
     provenance: Mapping[str, Any],
     chat_template: str | None = None,
     extras: Callable[[Path], None] | None = None,
@@ -44,8 +43,8 @@ def save_artifact(
         model: A peft model for `adapter`, a transformers model for `full`.
         tokenizer: Saved beside the weights.
         kind: What is written.
-        alpha: The point, recorded.
-        provenance: JSON values for `retain.json`: `job`, `base_model`, `base_sha256`, `template`.
+        provenance: JSON values for `retain.json`: `job`, `base_model`, `base_sha256`, `template`, and `alpha`,
+            the point of the line.
         chat_template: In force where the tokenizer has none; written with it.
         extras: Writes what is published beside the weights, as safetensors, JSON or PNG.
 
@@ -72,7 +71,7 @@ def save_artifact(
         raise TrainingFailed(
             f"artifact: unexpected files {', '.join(foreign)}", None, "export_failed"
         )
-    record = {"format": 1, "kind": kind, "alpha": alpha, **provenance, "files": files}
+    record = {"format": 1, "kind": kind, **provenance, "files": files}
     (partial / PROVENANCE_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)

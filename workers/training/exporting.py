@@ -78,8 +78,8 @@ def write_artifact(
         model,
         tokenizer,
         kind="adapter" if plan.training.type == "lora" else "full",
-        alpha=alpha,
         provenance={
+            "alpha": alpha,
             "job": plan.job_id,
             "base_model": plan.base.name,
             "base_sha256": plan.base.sha256,

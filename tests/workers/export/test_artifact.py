@@ -31,8 +31,7 @@ def save(directory: Path, model, kind: ArtifactKind, alpha: float = 1.0, **more)
         model,
         make_tokenizer(),
         kind=kind,
-        alpha=alpha,
-        provenance=PROVENANCE,
+        provenance={**PROVENANCE, "alpha": alpha},
         **more,
     )
 
@@ -87,8 +86,7 @@ def test_the_template_in_force_is_published_and_the_tokenizer_stays_as_it_was(tm
         make_model(),
         tokenizer,
         kind="full",
-        alpha=1.0,
-        provenance=PROVENANCE,
+        provenance={**PROVENANCE, "alpha": 1.0},
         chat_template=PLAIN_TEMPLATE,
     )
     assert tokenizer.chat_template is None
@@ -124,8 +122,7 @@ def test_no_file_holds_a_path_of_this_machine_or_anything_but_data(tmp_path, kin
         model,
         AutoTokenizer.from_pretrained(base),
         kind=kind,
-        alpha=1.0,
-        provenance=PROVENANCE,
+        provenance={**PROVENANCE, "alpha": 1.0},
     )
     for path in directory.iterdir():
         assert b"where-the-base-lies" not in path.read_bytes(), path.name
