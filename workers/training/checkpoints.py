@@ -246,7 +246,9 @@ def _load_optimizer(run: Run, tensors: Mapping[str, Tensor]) -> None:
     for key, value in tensors.items():
         entry, _, name = key.partition("/")
         state: dict[str, Any] = run.optimizer.state[run.ctx.params[name]]
-        state[entry] = value.clone()
+        # Counts of steps stay on the host unless the kernel reads them: an optimiser makes them there.
+        is_host = entry == "step" and not run.optimizer.defaults.get("fused")
+        state[entry] = value.cpu() if is_host else value.clone()
 
 
 def _load_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
