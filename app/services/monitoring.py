@@ -175,7 +175,8 @@ def final_verdict(session: Session, job: Job, finished: Finished) -> FinalVerdic
     """
     watch = load_watch(session, job)
     tuned = _read_report(session, watch, finished.tuned_report)
-    published = tuned if finished.alpha == 1.0 else _read_report(session, watch, finished.report)
+    is_tuned = finished.report == finished.tuned_report
+    published = tuned if is_tuned else _read_report(session, watch, finished.report)
     checkpoint = (
         None
         if finished.checkpoint_id in {"", START}

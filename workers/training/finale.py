@@ -10,10 +10,12 @@ from app.domain.benchmarks import BenchmarkKind, BenchmarkScores
 from app.domain.decisions import Verdict
 from app.domain.messages import DecisionReply, Finished, FrontierPoint, PublishTarget
 from app.domain.sensing import holds, read_report
+from app.domain.spec import ResolvedStudent
 from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import load_checkpoint
 from workers.training.exporting import write_artifact
 from workers.training.session import Session
+from workers.training.student import distil_student
 from workers.training.suite import Marks
 
 FRONTIER_POINTS = 11
@@ -89,10 +91,14 @@ def _publish(session: Session, target: PublishTarget) -> Outcome:
     outcome.frontier = measure_frontier(session, line)
     if has_regressed:
         _shrink(session, line, outcome)
+    elif session.plan.merge_back:
+        _merge_back(session, line, outcome)
     line.set(outcome.alpha)
     outcome.valid_loss = _finite(session.validate()[0])
     session.enter("exporting")
     outcome.artifact_directory = save_published(session, outcome.alpha)
+    if session.plan.student is not None and outcome.failure is None:
+        _distil(session, session.plan.student, outcome)
     return outcome
 
 
@@ -152,6 +158,66 @@ def _shrink(session: Session, line: Interpolation, outcome: Outcome) -> None:
     )
     if still_regresses or not gains(outcome.frontier, outcome.alpha):
         outcome.failure = "retention_not_met"
+
+
+def _merge_back(session: Session, line: Interpolation, outcome: Outcome) -> None:
+    """Goes back toward the base by the share that the job asks for, or to the best point of the line."""
+    asked = session.plan.merge_back
+    if asked == "search":
+        outcome.alpha = best_point(outcome.frontier)
+    elif asked is not None:
+        outcome.alpha = 1.0 - asked
+    if outcome.alpha < 1.0:
+        line.set(outcome.alpha)
+        outcome.report = session.suite.packed(session.suite.measure("report"), "report")
+    session.talk.note(
+        "info",
+        "merged_back",
+        f"The published weights lie at {outcome.alpha:g} of the line from base to tuned.",
+        alpha=outcome.alpha,
+        asked=asked,
+    )
+
+
+def best_point(frontier: tuple[FrontierPoint, ...]) -> float:
+    """The point where general and domain ability together keep most of what the two ends have.
+
+    General ability counts as its share of the base's, the domain as the share gained of what the tuned
+    weights gain over the base, by validation cross-entropy or else by the domain benchmarks (Wortsman 2021
+    chooses alpha on validation items of both). 1 where either was not measured.
+    """
+    ends = {point.alpha: point for point in frontier}
+    base, tuned = ends.get(0.0), ends.get(1.0)
+    if base is None or tuned is None or not base.general:
+        return 1.0
+
+    def gained(point: FrontierPoint) -> float | None:
+        values = [
+            (p.valid_loss if base.valid_loss is not None else p.domain)
+            for p in (base, point, tuned)
+        ]
+        first, here, last = values
+        if first is None or here is None or last is None or first == last:
+            return None
+        return (first - here) / (first - last)
+
+    scores = {
+        point.alpha: point.general / base.general + share
+        for point in frontier
+        if point.alpha > 0 and point.general is not None and (share := gained(point)) is not None
+    }
+    return max(scores, key=lambda alpha: (scores[alpha], alpha), default=1.0)
+
+
+def _distil(session: Session, config: ResolvedStudent, outcome: Outcome) -> None:
+    """A student that holds takes the tuned model's place."""
+    if outcome.artifact_directory is None:
+        return
+    student = distil_student(session, config, Path(outcome.artifact_directory))
+    if student is not None:
+        outcome.artifact_directory = student.directory
+        outcome.report = student.suite.packed(student.marks, "report")
+        outcome.valid_loss = _finite(student.valid_loss)
 
 
 def gains(frontier: tuple[FrontierPoint, ...], alpha: float) -> bool:

@@ -65,6 +65,7 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
             make_score(run.student, tokenizer, template, budget, ranks),
             plan.gate_items or most_gate_items(policy),
         ),
+        validation=validation,
         validate=validate,
         line=lambda: line_from_base(
             run.model, run.all_params, plan.base, is_lora=plan.training.type == "lora"

@@ -21,6 +21,7 @@ from app.domain.messages import (
 from app.domain.policy import Policy
 from app.domain.runplan import RunPlan
 from app.domain.sensing import holds, read_sensor
+from workers.data.tokens import TokenStore
 from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import DiskFull, load_checkpoint, make_carry, save_checkpoint
 from workers.training.conversation import Conversation
@@ -41,6 +42,7 @@ class Session:
     talk: Conversation
     tokenizer: Any
     suite: Suite
+    validation: TokenStore | None
     validate: Callable[[], tuple[float | None, float | None]]  # nats per token, token accuracy
     line: Callable[[], Interpolation]  # from the base to the weights of the call
     is_planned: bool  # the evaluation budget has chosen what the job left open
