@@ -41,10 +41,17 @@ class AdaptedLinear(nn.Module):
         return out
 
 
-class TinyModel(nn.Module):
-    """Embedding, running mean over the past, one layer, tied-free head; dropout shows the mode."""
+def _square() -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH, bias=False, dtype=F64)
 
-    def __init__(self, *, lora: bool = False, dropout: float = 0.0) -> None:
+
+class TinyModel(nn.Module):
+    """Embedding, running mean over the past, one layer, tied-free head; dropout shows the mode.
+
+    Strategies that tell layers apart get a stack of further blocks behind the one layer.
+    """
+
+    def __init__(self, *, lora: bool = False, dropout: float = 0.0, num_blocks: int = 0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH, dtype=F64)
         self.layer: nn.Module = (
@@ -53,25 +60,30 @@ class TinyModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(WIDTH, VOCABULARY, dtype=F64)
         self.hidden_BTD: dict[int, Tensor] = {}  # of the last forward
+        make: Any = AdaptedLinear if lora else _square
+        self.blocks = nn.ModuleList(make() for _ in range(num_blocks))
         if lora:
-            self.requires_grad_(requires_grad=False)
-            self.layer.lora_A.requires_grad = True
-            self.layer.lora_B.requires_grad = True
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
 
     def forward(self, input_ids_BT: Tensor, positions_N: Tensor) -> Tensor:
         hidden = self.embedding(input_ids_BT)
         self.hidden_BTD = {0: hidden}
         count = torch.arange(1, hidden.shape[1] + 1, dtype=F64)[:, None]
         hidden = hidden + self.dropout(torch.tanh(self.layer(hidden.cumsum(1) / count)))
+        for block in self.blocks:
+            hidden = hidden + torch.tanh(block(hidden))
         self.hidden_BTD[1] = hidden
         out: Tensor = self.head(hidden.reshape(-1, WIDTH)[positions_N])
         return out
 
 
-def make_model(*, lora: bool = False, dropout: float = 0.0, seed: int = 0) -> TinyModel:
+def make_model(
+    *, lora: bool = False, dropout: float = 0.0, seed: int = 0, num_blocks: int = 0
+) -> TinyModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TinyModel(lora=lora, dropout=dropout)
+        return TinyModel(lora=lora, dropout=dropout, num_blocks=num_blocks)
 
 
 def make_rows(count: int, seed: int) -> list[list[int]]:
@@ -125,18 +137,18 @@ class Stage:
     cached: Any = None
     start: bool = True
     is_sorted: bool = True
+    num_blocks: int = 0
 
     def __post_init__(self) -> None:
-        self.model = make_model(lora=self.lora, dropout=self.dropout)
-        self.base = make_model(lora=self.lora).eval()
+        self.model = make_model(lora=self.lora, dropout=self.dropout, num_blocks=self.num_blocks)
+        self.base = make_model(lora=self.lora, num_blocks=self.num_blocks).eval()
         if self.is_sorted:
             self.strategies = sorted(self.strategies, key=lambda s: s.kind)
         self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        layer: Any = self.model.layer
-        pairs = (
-            (LoraPair("layer", layer.lora_A, layer.lora_B, layer.scale, layer.base.weight),)
-            if self.lora
-            else ()
+        pairs = tuple(
+            LoraPair(name, layer.lora_A, layer.lora_B, layer.scale, layer.base.weight)
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, AdaptedLinear)
         )
         self.ctx = Context(
             model=self.model,
@@ -160,16 +172,25 @@ class Stage:
         self._count_stores()
         if self.cached is not None:
             self.ctx.cached = self.cached
+        self._keep_trainable()
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=self.learning_rate)
-        names = frozenset(self.params)
         for strategy in self.strategies:
             strategy.edit_param_groups(self.ctx, [])
-            names = strategy.edit_trainable(self.ctx, names)
         if self.start:
             for strategy in self.strategies:
                 strategy.on_task_start(self.ctx)
         self.step = 0
         self.losses: list[dict[str, float]] = []
+
+    def _keep_trainable(self) -> None:
+        names = frozenset(self.params)
+        for strategy in self.strategies:
+            names = strategy.edit_trainable(self.ctx, names)
+        for name, parameter in self.params.items():
+            parameter.requires_grad_(name in names)
+        self.params = {name: p for name, p in self.params.items() if name in names}
+        self.ctx.params = self.params
+        self.ctx.lora_pairs = tuple(p for p in self.ctx.lora_pairs if p.lora_B.requires_grad)
 
     def _general_micros(self, rows: Sequence[int]) -> Any:
         for begin in range(0, len(rows), self.micro_rows):
@@ -274,19 +295,25 @@ class Stage:
                 strategy.add_grads(self.ctx)
             for strategy in self.strategies:
                 strategy.edit_grads(self.ctx)
+            held: frozenset[str] = frozenset().union(*(s.held(self.ctx) for s in self.strategies))
+            for name in held & self.params.keys():
+                self.params[name].grad = None
             nn.utils.clip_grad_norm_(list(self.params.values()), 1.0)
             old = {name: p.detach().clone() for name, p in self.params.items()}
             self.optimizer.step()
-            pulls = [p for s in self.strategies if (p := s.prox_pulls(self.ctx))]
+            pulls = [
+                {n: pull for n, pull in s.prox_pulls(self.ctx).items() if n not in held}
+                for s in self.strategies
+            ]
             apply_pulls(self.params, pulls, self.ctx.learning_rates)
-            self._edit_displacement(old)
+            self._edit_displacement(old, held)
             for strategy in self.strategies:
                 strategy.on_step_end(self.ctx)
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
         return self
 
-    def _edit_displacement(self, old: dict[str, Tensor]) -> None:
+    def _edit_displacement(self, old: dict[str, Tensor], held: frozenset[str]) -> None:
         first = {name: p.detach() - old[name] for name, p in self.params.items()}
         delta = dict(first)
         for strategy in sorted(self.strategies, key=lambda s: (s.update_rank, s.kind)):
@@ -294,7 +321,7 @@ class Stage:
                 delta = strategy.edit_update(self.ctx, old, delta)
         with torch.no_grad():
             for name, parameter in self.params.items():
-                if delta[name] is not first[name]:
+                if delta[name] is not first[name] and name not in held:
                     parameter.copy_(old[name] + delta[name])
 
     def weights(self) -> dict[str, Tensor]:
