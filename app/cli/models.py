@@ -12,8 +12,9 @@ from app.cli.client import ApiClient
 from app.cli.operator import DataDir, open_database, settings_for
 from app.cli.output import local_time, show, show_json, show_table, tell
 from app.db.models import BaseModel
+from app.domain.configs.base import CAUSAL_LM, ModelKind
 from app.errors import BadRequest, Unavailable
-from app.services.models import add_demo, add_model, require_free_name
+from app.services.models import add_demo, add_model, add_other_model, require_free_name
 
 models = typer.Typer(help="Base models (operator) and model versions.", no_args_is_help=True)
 
@@ -41,20 +42,37 @@ def add(
         Path | None,
         typer.Option(help="Training rows that stand for what it must not forget (JSONL)."),
     ] = None,
+    kind: Annotated[
+        ModelKind,
+        typer.Option(
+            help="What it is: jobs train a causal_lm; an encoder (text and image towers) or a seq2seq model"
+            " is there for strategies that name it."
+        ),
+    ] = CAUSAL_LM,
     data_dir: DataDir = None,
 ) -> None:
     """Register a base model: checked, pinned, hashed and copied into the store."""
     settings = settings_for(data_dir)
-    with open_database(settings) as factory:
-        model = add_model(
-            factory,
-            settings,
-            name=name,
-            source=source,
-            revision=revision,
-            benchmarks=dict(parse_weight(text) for text in benchmark or ()),
-            general_data=general_data,
+    suite = dict(parse_weight(text) for text in benchmark or ())
+    if kind != CAUSAL_LM and (suite or general_data is not None):
+        raise BadRequest(
+            f"A model of kind {kind} is never trained: it has no suite or rows.", "kind"
         )
+    with open_database(settings) as factory:
+        if kind == CAUSAL_LM:
+            model = add_model(
+                factory,
+                settings,
+                name=name,
+                source=source,
+                revision=revision,
+                benchmarks=suite,
+                general_data=general_data,
+            )
+        else:
+            model = add_other_model(
+                factory, settings, name=name, source=source, revision=revision, kind=kind
+            )
     _report(model)
 
 
@@ -128,6 +146,6 @@ def _report(model: BaseModel) -> None:
         f" {model.size_bytes / 1e6:,.1f} MB, sha256 {model.sha256[:12]}"
         + (f", revision {model.revision[:12]}" if model.revision else "")
     )
-    if not model.has_chat_template:
+    if not model.has_chat_template and details["kind"] == CAUSAL_LM:
         tell("It has no chat template: chat rows get the built-in plain one.")
     show(model.name)

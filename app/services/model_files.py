@@ -26,13 +26,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from app.domain.configs.base import ModelKind
 from app.errors import BadRequest, Unavailable
 
 #: Pickled weights and code run whatever they like when they are loaded.
 FORBIDDEN_SUFFIXES: Final = frozenset(
     {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack", ".npz", ".joblib"}
 )
-KEPT_SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken"})
+KEPT_SUFFIXES: Final = frozenset(
+    {".safetensors", ".json", ".txt", ".model", ".spm", ".jinja", ".tiktoken"}
+)
 MAX_HEADER_BYTES: Final = 100 * 2**20
 MAX_JSON_BYTES: Final = 200 * 2**20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -133,6 +136,33 @@ def read_facts(source: ModelSource) -> ModelFacts:
         dtype="mixed" if len(dtypes) > 1 else next(iter(dtypes), "unknown"),
         has_chat_template=_has_chat_template(source),
     )
+
+
+def check_kind(source: ModelSource, kind: ModelKind) -> None:
+    """Refuses files that can't be a model of this kind, as far as the config tells.
+
+    Raises:
+        BadRequest: An encoder lacks a text or an image tower, or a translator is no encoder and decoder.
+    """
+    config = _read_json(source.directory / "config.json")
+    architecture = str((config.get("architectures") or ["unknown"])[0])
+    has_towers = bool(
+        (config.get("text_config") or config.get("text"))
+        and (config.get("vision_config") or config.get("vision"))
+    )
+    translates = bool(config.get("is_encoder_decoder")) or architecture.endswith(
+        ("ConditionalGeneration", "MTModel")
+    )
+    if kind == "encoder" and (not has_towers or architecture.endswith("ForCausalLM")):
+        raise BadRequest(
+            f"{architecture} is no dual encoder: its config names no text and image tower.", "kind"
+        )
+    if kind == "seq2seq" and not translates:
+        raise BadRequest(f"{architecture} is no encoder and decoder.", "kind")
+    if kind == "causal_lm" and has_towers and config.get("projection_dim"):
+        raise BadRequest(
+            f"{architecture} embeds and generates nothing; add it with kind encoder.", "kind"
+        )
 
 
 def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -16,12 +16,13 @@ from app.db.models import BaseModel, BenchmarkVersion
 from app.db.repositories.catalog import CatalogRepository
 from app.db.session import SessionFactory, transaction
 from app.domain.benchmarks import BenchmarkKind, Scorer
+from app.domain.configs.base import CAUSAL_LM, ModelKind
 from app.domain.identifiers import public_id
 from app.domain.requests import CreateBenchmark
 from app.errors import BadRequest, Conflict
 from app.services.benchmarks import create_benchmark
 from app.services.files import EVALS, FINE_TUNE, CheckedFile, NewFile, add_file, store_checked
-from app.services.model_files import copy_files, open_source, read_facts
+from app.services.model_files import check_kind, copy_files, open_source, read_facts
 from app.services.storage import Storage
 from app.settings import Settings
 
@@ -44,6 +45,18 @@ class DemoManifest(Schema):
     model: str
     general_data: str
     benchmarks: tuple[DemoBenchmark, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewModel:
+    """What an operator hands in."""
+
+    name: str
+    source: str
+    revision: str | None
+    kind: ModelKind
+    benchmarks: Mapping[str, float] = field(default_factory=dict)
+    general_data: Path | None = None
 
 
 def add_model(
@@ -72,9 +85,33 @@ def add_model(
         Conflict: The name is taken.
         Unavailable: The hub cannot be reached.
     """
+    new = NewModel(name, source, revision, CAUSAL_LM, benchmarks or {}, general_data)
+    return _register(factory, settings, new)
+
+
+def add_other_model(
+    factory: SessionFactory,
+    settings: Settings,
+    *,
+    name: str,
+    source: str,
+    revision: str | None = None,
+    kind: ModelKind,
+) -> BaseModel:
+    """Registers a model that jobs do not train, for strategies that name it; else as `add_model`.
+
+    Raises:
+        BadRequest: The name or the files cannot be taken, or they are of another kind.
+        Conflict: The name is taken.
+        Unavailable: The hub cannot be reached.
+    """
+    return _register(factory, settings, NewModel(name, source, revision, kind))
+
+
+def _register(factory: SessionFactory, settings: Settings, new: NewModel) -> BaseModel:
     with transaction(factory) as session:
-        _check_name(CatalogRepository(session), name)
-        for benchmark in benchmarks or {}:
+        _check_name(CatalogRepository(session), new.name)
+        for benchmark in new.benchmarks:
             CatalogRepository(session).get_benchmark(benchmark)
     storage = Storage(settings.storage_root)
     path = f"models/base/{uuid4().hex}"
@@ -83,23 +120,24 @@ def add_model(
     with ExitStack() as stack:
         general = (
             None
-            if general_data is None
-            else stack.enter_context(_stored(storage, settings, general_data, FINE_TUNE))
+            if new.general_data is None
+            else stack.enter_context(_stored(storage, settings, new.general_data, FINE_TUNE))
         )
         # Deleted on any failure, and kept by `pop_all` once the row is committed.
         undo = stack.enter_context(ExitStack())
         undo.callback(storage.delete, path)
         with (
             open_source(
-                source, revision=revision, token=token, scratch=settings.scratch_root
+                new.source, revision=new.revision, token=token, scratch=settings.scratch_root
             ) as found,
             TemporaryDirectory(dir=settings.scratch_root) as scratch,
         ):
-            facts = asdict(read_facts(found))
+            check_kind(found, new.kind)
+            facts = asdict(read_facts(found)) | {"kind": new.kind}
             copy_files(found, Path(scratch) / "model")
             stored = storage.put_directory(Path(scratch) / "model", path)
         model = BaseModel(
-            name=name,
+            name=new.name,
             source=found.source,
             revision=found.revision,
             sha256=stored.sha256,
@@ -110,12 +148,12 @@ def add_model(
         )
         with transaction(factory) as session:
             catalog = CatalogRepository(session)
-            _check_name(catalog, name)
+            _check_name(catalog, new.name)
             if general is not None:
                 model.general_file_id = add_file(session, None, general).id
             suite = [
                 (catalog.get_benchmark(benchmark), weight)
-                for benchmark, weight in (benchmarks or {}).items()
+                for benchmark, weight in new.benchmarks.items()
             ]
             catalog.add_model(model, suite)
         undo.pop_all()

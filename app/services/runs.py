@@ -31,6 +31,7 @@ from app.services.checkpoints import choose_resume
 from app.services.decisions import RUN
 from app.services.engine import hold
 from app.services.evaluations import find_baseline
+from app.services.named_models import list_stored_models
 from app.services.progress import list_new_orders
 from app.settings import Settings
 
@@ -150,6 +151,7 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
         stages=_stages(session, spec, scratch, inputs),
         student=spec.student,
         merge_back=None if retention is None else retention.merge_back,
+        models=_models(session, job, spec, scratch, inputs),
         policy=policy,
         benchmarks=_benchmarks(session, job, spec, base, scratch, inputs),
         eval_interval=earlier.get("eval_interval"),
@@ -228,6 +230,19 @@ def _rows(
         return None
     local = _file(session, file_id, param, scratch, inputs)
     return RowsPlan(path=str(local.local), sha256=local.sha256)
+
+
+def _models(
+    session: Session, job: Job, spec: JobSpec, scratch: Scratch, inputs: list[Input]
+) -> dict[str, str]:
+    """Local directories of the other models that strategies name."""
+    directories = {}
+    for model in list_stored_models(session, job.project_id, spec.strategies):
+        local = scratch.input(model.sha256)
+        if all(known.local != local for known in inputs):
+            inputs.append(Input(model.path, local, model.sha256, is_directory=True))
+        directories[model.name] = str(local)
+    return directories
 
 
 def _stages(

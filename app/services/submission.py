@@ -14,6 +14,7 @@ from app.db.repositories.files import FileRepository
 from app.db.repositories.history import HistoryRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.domain.benchmarks import DEFAULT_GATE_ITEMS
+from app.domain.configs.base import CAUSAL_LM
 from app.domain.identifiers import parse_id
 from app.domain.policy import Policy, WatchedBenchmark
 from app.domain.power import PlannedBenchmark, Power, power
@@ -33,6 +34,7 @@ from app.services.benchmarks import Watched, resolve_watched
 from app.services.evaluations import baseline_key, unpack_bytes
 from app.services.events import add_job_event, add_transition
 from app.services.files import FINE_TUNE, PROCESSED
+from app.services.named_models import check_named_models, model_kind
 
 GUESSED_ROW_BYTES: Final = 512  # of a file that is still being checked; settled when it is
 
@@ -149,6 +151,12 @@ def settle_validation(session: Session, job: Job) -> bool:
 def _find_base(session: Session, name: str) -> BaseModel:
     base = CatalogRepository(session).find_model(name)
     if base is not None:
+        if model_kind(base) != CAUSAL_LM:
+            raise BadRequest(
+                f"model: '{name[:80]}' is of kind {model_kind(base)}; jobs train models of kind {CAUSAL_LM}.",
+                "model",
+                "model_not_supported",
+            )
         return base
     if name.startswith("ft:") or "@" in name:
         raise BadRequest(
@@ -221,6 +229,7 @@ def _resolve(
         has_general_data=files.general is not None,
         num_parameters=base.details.get("num_parameters"),
     )
+    check_named_models(session, project.id, chosen.strategies)
     rows = {text: _num_rows(file) for text, file in files.stages.items()}
     staged = resolve_stages(
         body,

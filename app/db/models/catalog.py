@@ -21,7 +21,7 @@ class BaseModel(Record):
     sha256: Mapped[str]  # over the sorted (name, sha256) of all its files
     path: Mapped[str]  # under the storage root
     size_bytes: Mapped[int]
-    details: Mapped[dict[str, Any]]  # num_parameters, context_length, vocab_size, architecture
+    details: Mapped[dict[str, Any]]  # kind, num_parameters, context_length, ...
     has_chat_template: Mapped[bool]
     general_file_id: Mapped[UUID | None] = mapped_column(ForeignKey("files.id"))
 

@@ -95,6 +95,7 @@ def test_a_directory_is_copied_hashed_and_described(
         general_data=rows,
     )
     assert model.details == {
+        "kind": "causal_lm",
         "architecture": "TinyForCausalLM",
         "num_parameters": 50 * 8 + 64,
         "context_length": 128,
