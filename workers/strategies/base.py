@@ -9,13 +9,14 @@ order in which strategies were listed, so the loop calls them sorted by `kind`):
             6 edit_batch   7 step_needs   8 count_terms + loss_terms         for each micro-batch
               (once, between 6 and 7: before_backward, for terms that are functions of the whole step)
               (exclusive: a step owner's compute_grads decides which micro-batches are read, and where)
+           8b read_grads                                                      once, after the all-reduce
             9 add_grads                                                       once, after the all-reduce
            10 edit_grads; then held parameters lose their gradients
            11 clip (the loop)   12 optimizer.step (the loop)
            13a prox_pulls   13b/c edit_update, in the order of `update_rank`
            14 on_step_end; then zero_grad (the loop)
     EVAL   15 on_eval (metrics only)
-    END    16 on_task_end   17 export
+    END    16 on_task_end, then on_publish   17 export
 
 Normalisation: total = sum over micro-batches of coef_k * numerator_k / D_k, where D_k is the count of
 term k over all micro-batches and ranks of the step (`count_terms`), known before the first backward.
@@ -26,14 +27,13 @@ term k over all micro-batches and ranks of the step (`count_terms`), known befor
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 StateDict = dict[str, Any]
 TokenRow = tuple[list[int], list[float]]  # token ids, and the loss weight of each as a target
-Backward = Callable[[Sequence["Micro"]], None]
 TALLY_INTERVAL = 20  # steps
 
 
@@ -130,6 +130,14 @@ class Micro:
                 sample_ids=self.sample_ids[rows],
                 is_task_B=self.is_task_B[rows],
             )
+
+
+class Backward(Protocol):
+    """Adds gradients to `grad`; see `Strategy.compute_grads`."""
+
+    def __call__(self, micros: Sequence[Micro], *, task_only: bool = False) -> None:
+        """Of the loss over these micro-batches; `task_only` leaves the strategies' terms out."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,28 @@ class LoraPair:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """The adapters of a run that has one a task, in the tasks' order; those of tasks to come change nothing.
+
+    Args:
+        names: Of the adapters, by task.
+        params: Canonical names of each adapter's parameters.
+        readers: By adapter and layer, what it reads of the layer's input: (rank, d_in).
+        share: Parameters of one adapter, as a share of the base's.
+        activate: Lets these alone act, in sum; none of them leaves the base. Gradients' flags stay.
+        merge: Makes `merged` from these and lets it alone act: (names, method, and as keywords `weights`,
+            `density`, `rank` and `seed`); what is told of it.
+    """
+
+    names: tuple[str, ...]
+    params: Mapping[str, frozenset[str]]
+    readers: Mapping[str, Mapping[str, nn.Parameter]]
+    share: float
+    activate: Callable[[Sequence[str]], None]
+    merge: Callable[..., Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Counterparts of a store's rows: the same answer to the same question, put in another way."""
 
@@ -324,6 +354,10 @@ class Context:
     base_forward: Callable[[Micro, Tensor], Tensor] | None = None
     #: Its hidden states there, by layer: (micro, mask, layers).
     base_hidden: Callable[[Micro, Tensor, frozenset[int]], Mapping[int, Tensor]] | None = None
+    #: The same by the starting model: means of its last hidden states over what comes before an answer.
+    represent: Callable[[str, Sequence[int]], Tensor] | None = None
+    #: Where the run has an adapter for each task.
+    adapters: Adapters | None = None
     #: Counterparts of the rows of a store, by store.
     pairs: Mapping[str, Pairs] = field(default_factory=dict)
     #: The environment that each row of a store names ("": none), by store; only stores where some row does.
@@ -423,9 +457,13 @@ class Strategy:
         """Replaces 6 to 8 where `step_needs` says `step_owner`: leaves the step's gradients in `grad`.
 
         `backward(micros)` adds the gradient of the task's and the strategies' terms over these micro-batches,
-        divided by their counts over all ranks, and summed over ranks. `micros` are this rank's of the step.
+        divided by their counts over all ranks, and summed over ranks: `grad` must be empty when it is called.
+        It is collective: every rank calls it equally often. `micros` are this rank's of the step.
         """
         backward(micros)
+
+    def read_grads(self, ctx: Context) -> None:
+        """8b: looks at the loss's gradient, summed over ranks, before any strategy adds to it or clips it."""
 
     # 9-10
     def add_grads(self, ctx: Context) -> None:
@@ -460,6 +498,9 @@ class Strategy:
 
     def on_task_end(self, ctx: Context) -> None:
         """16: importance of the finished task, memory fill."""
+
+    def on_publish(self, ctx: Context) -> None:
+        """16: after the last task's end, before the report: brings the model into the form to publish."""
 
     def export(self, ctx: Context, model: nn.Module) -> nn.Module:
         """17: merge."""

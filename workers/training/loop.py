@@ -143,12 +143,15 @@ def train_step(run: Run) -> StepMetrics:
     needs = [strategy.step_needs(ctx) for strategy in strategies]
     meter = _Meter()
 
-    def backward(some: Sequence[Micro]) -> None:
-        counts = run.ranks.sum_counts(_count(run, some))
+    def backward(some: Sequence[Micro], *, task_only: bool = False) -> None:
+        speaking = () if task_only else strategies
+        counts = run.ranks.sum_counts(_count(run, some, speaking))
         meter.count(counts)
         for micro in some:
-            out = student_forward(run.student, run.teacher, micro, needs)  # [7]
-            _loss(run, micro, out, counts, meter).backward()  # [8]
+            out = student_forward(
+                run.student, run.teacher, micro, () if task_only else needs
+            )  # [7]
+            _loss(run, micro, out, counts, meter, speaking).backward()  # [8]
         run.ranks.sum_gradients(params)
 
     owners = [s for s, need in zip(strategies, needs, strict=True) if need.step_owner]
@@ -156,11 +159,7 @@ def train_step(run: Run) -> StepMetrics:
         owners[0].compute_grads(ctx, micros, backward)
     else:
         backward(micros)
-    for strategy in strategies:
-        strategy.add_grads(ctx)  # [9]
-    for strategy in strategies:
-        strategy.edit_grads(ctx)  # [10]
-    held = _hold(run)
+    held = _edit_gradients(run)
     grad_norm = float(nn.utils.clip_grad_norm_(params, run.training.max_grad_norm))  # [11]
     totals = run.ranks.sum_counts(meter.read())
     is_finite = math.isfinite(grad_norm) and math.isfinite(totals.get("loss", 0.0))
@@ -180,6 +179,17 @@ def train_step(run: Run) -> StepMetrics:
     metrics = _metrics(run, totals, meter.tokens, grad_norm, time.perf_counter() - started)
     run.history.append(metrics)
     return metrics
+
+
+def _edit_gradients(run: Run) -> frozenset[str]:
+    """What strategies see of the loss's gradient and do to it; the names that this step holds."""
+    for strategy in run.strategies:
+        strategy.read_grads(run.ctx)  # [8b]
+    for strategy in run.strategies:
+        strategy.add_grads(run.ctx)  # [9]
+    for strategy in run.strategies:
+        strategy.edit_grads(run.ctx)  # [10]
+    return _hold(run)
 
 
 def _seed_step(run: Run) -> None:
@@ -221,7 +231,7 @@ def _next_micros(run: Run) -> list[Micro]:
     return micros
 
 
-def _count(run: Run, micros: Sequence[Micro]) -> dict[str, float]:
+def _count(run: Run, micros: Sequence[Micro], strategies: Sequence[Strategy]) -> dict[str, float]:
     """What each term is divided by, known before the first backward, and the tokens read."""
     counts: dict[str, float] = {}
     for micro in micros:
@@ -229,7 +239,7 @@ def _count(run: Run, micros: Sequence[Micro]) -> dict[str, float]:
             TASK_TOKENS: float(_task_weights(micro).sum()),
             "tokens": float(micro.input_ids_BT.numel()),
         }
-        for strategy in run.strategies:
+        for strategy in strategies:
             own.update(strategy.count_terms(run.ctx, micro))
         for key, count in own.items():
             counts[key] = counts.get(key, 0.0) + count
@@ -241,14 +251,19 @@ def _task_weights(micro: Micro) -> Tensor:
 
 
 def _loss(
-    run: Run, micro: Micro, out: Forward, counts: Mapping[str, float], meter: "_Meter"
+    run: Run,
+    micro: Micro,
+    out: Forward,
+    counts: Mapping[str, float],
+    meter: "_Meter",
+    strategies: Sequence[Strategy],
 ) -> Tensor:
     """Sum of coef * numerator / step-wide count over the task's and the strategies' terms."""
     losses_N = F.cross_entropy(wide(out.logits_NV), micro.targets_N, reduction="none")
     weighted_N = losses_N * _task_weights(micro)
     total = weighted_N.sum() / max(counts[TASK_TOKENS], 1e-12)
     values = {}
-    for strategy in run.strategies:
+    for strategy in strategies:
         for term in strategy.loss_terms(run.ctx, micro, out):
             if term.coef != 0.0:
                 addend = term.coef * term.numerator / max(counts[term.denominator_key], 1e-12)

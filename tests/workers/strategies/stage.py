@@ -13,6 +13,7 @@ from workers.strategies.base import (
     Forward,
     LoraPair,
     Micro,
+    Pairs,
     Strategy,
     Stream,
 )
@@ -168,7 +169,14 @@ class Stage:
             rows_micro=self._rows_micro,
             add_store=self._add_store,
         )
-        self.stores = {"training": self.training, "general": self.general}
+        # A counterpart differs in its prompt, a row's first token.
+        others = [[row[0] % (VOCABULARY - 1) + 1, *row[1:]] for row in self.training]
+        self.ctx.pairs = {"training": Pairs("counterfactual", range(len(others)), "made")}
+        self.stores = {
+            "training": self.training,
+            "general": self.general,
+            "counterfactual": others,
+        }
         self._count_stores()
         if self.cached is not None:
             self.ctx.cached = self.cached
@@ -260,24 +268,31 @@ class Stage:
         parts: dict[str, float] = {}
         owners = [s for s in self.strategies if s.step_needs(self.ctx).step_owner]
         if owners:
-            owners[0].compute_grads(self.ctx, micros, lambda some: self._backward(some, parts))
+
+            def backward(some: Sequence[Micro], *, task_only: bool = False) -> None:
+                self._backward(some, parts, () if task_only else self.strategies)
+
+            owners[0].compute_grads(self.ctx, micros, backward)
         else:
-            self._backward(micros, parts)
+            self._backward(micros, parts, self.strategies)
         self.losses.append(parts)
         return {n: p.grad.clone() for n, p in self.params.items() if p.grad is not None}
 
-    def _backward(self, micros: Sequence[Micro], parts: dict[str, float]) -> None:
+    def _backward(
+        self, micros: Sequence[Micro], parts: dict[str, float], strategies: Sequence[Strategy]
+    ) -> None:
         counts: dict[str, float] = {"task": 0.0}
         for micro in micros:
             counts["task"] += float(micro.is_task_B[micro.row_of_N].sum())
-            for strategy in self.strategies:
+            for strategy in strategies:
                 for key, count in strategy.count_terms(self.ctx, micro).items():
                     counts[key] = counts.get(key, 0.0) + count
         for micro in micros:
             out = self.forward(micro)
             nats_N = F.cross_entropy(out.logits_NV, micro.targets_N, reduction="none")
-            addends = {"task": (nats_N * micro.is_task_B[micro.row_of_N]).sum() / counts["task"]}
-            for strategy in self.strategies:
+            own = (nats_N * micro.is_task_B[micro.row_of_N]).sum()
+            addends = {"task": own / max(counts["task"], 1e-12)}
+            for strategy in strategies:
                 for term in strategy.loss_terms(self.ctx, micro, out):
                     addends[term.name] = term.coef * term.numerator / counts[term.denominator_key]
             torch.stack(list(addends.values())).sum().backward()
@@ -291,6 +306,8 @@ class Stage:
             for strategy in self.strategies:
                 strategy.on_step_start(self.ctx)
             self.gradients()
+            for strategy in self.strategies:
+                strategy.read_grads(self.ctx)
             for strategy in self.strategies:
                 strategy.add_grads(self.ctx)
             for strategy in self.strategies:
