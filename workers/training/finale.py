@@ -79,6 +79,8 @@ def _publish(session: Session, target: PublishTarget) -> Outcome:
     load_checkpoint(run, Path(target.checkpoint_directory), keep_carry=True)
     for strategy in run.strategies:
         strategy.on_task_end(run.ctx)
+    for strategy in run.strategies:
+        strategy.on_publish(run.ctx)
     session.enter("evaluating")
     marks = suite.measure("report")
     outcome = Outcome(tuned_report=suite.packed(marks, "report"))
