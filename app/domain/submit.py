@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from app.domain.auto import Job, choose_strategies
 from app.domain.configs.distillation import DistillationConfig
-from app.domain.configs.quadratic import EwcConfig, L2SpConfig
-from app.domain.configs.replay import ReplayConfig
 from app.domain.levers import check_lever
 from app.domain.policy import Policy, Retention
 from app.domain.spec import CreateJob, Hyperparameters, ResolvedTraining
@@ -117,11 +116,9 @@ def resolve_strategies(
     lora: bool,
     has_general_data: bool,
     num_parameters: int | None,
+    memory_gb: float | None = None,
 ) -> ResolvedStrategies:
     """The strategies of a job: those it names, checked, or those that `auto` picks.
-
-    `auto` with general data: replay and distillation on the replayed rows for LoRA (card 8), implicit EWC and
-    replay for full fine-tuning; without: L2-SP, which needs none.
 
     Raises:
         BadRequest: A type occurs twice, or a strategy needs general data and there is none.
@@ -131,26 +128,17 @@ def resolve_strategies(
     if not isinstance(retention.strategies, str):
         _check_strategies(retention.strategies, has_general_data=has_general_data)
         return ResolvedStrategies(retention.strategies, None, is_extrapolated=False)
+    chosen = choose_strategies(
+        Job(
+            lora=lora,
+            has_general_data=has_general_data,
+            no_rows_kept=retention.privacy == "no_rows_kept",
+            num_parameters=num_parameters,
+            memory_gb=memory_gb,
+        )
+    )
     is_extrapolated = num_parameters is None or num_parameters > MEASURED_PARAMETERS
-    strategies: tuple[StrategyConfig, ...]
-    if not has_general_data:
-        strategies = (L2SpConfig(),)
-        why = (
-            "There is no general data, so l2sp, which needs none, holds the weights near the base."
-        )
-    elif lora:
-        strategies = (ReplayConfig(), DistillationConfig(on=("replay",)))
-        why = (
-            "There is general data and the job trains an adapter, so a tenth of general rows is mixed in"
-            " (replay) and the base model teaches on those rows (distillation)."
-        )
-    else:
-        strategies = (EwcConfig(penalty_mode="implicit"), ReplayConfig())
-        why = (
-            "There is general data and the job trains all weights, so ewc holds those that general ability"
-            " rests on and a tenth of general rows is mixed in (replay)."
-        )
-    return ResolvedStrategies(strategies, why, is_extrapolated)
+    return ResolvedStrategies(chosen.strategies, chosen.why, is_extrapolated)
 
 
 def resolve_policy(

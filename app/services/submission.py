@@ -228,6 +228,7 @@ def _resolve(
         lora=training.type == "lora",
         has_general_data=files.general is not None,
         num_parameters=base.details.get("num_parameters"),
+        memory_gb=body.resources.memory_gb,
     )
     check_named_models(session, project.id, chosen.strategies)
     rows = {text: _num_rows(file) for text, file in files.stages.items()}
