@@ -47,7 +47,8 @@ class RowSampler:
     Every stream goes through its rows in epochs, each row once an epoch, in an order that follows from
     (seed, stream, epoch): turning a stream on or off leaves the order of the others as it was. The domain
     stream comes in length buckets; other streams take the rows whose lengths match those of the step's
-    domain rows, and their cumulative count is exact by error diffusion.
+    domain rows, and their cumulative count is exact by error diffusion. A uniform stream draws each step's
+    rows by its own count of such steps; its epochs go on later from where they stood.
     """
 
     def __init__(
@@ -73,11 +74,14 @@ class RowSampler:
             cursor["due"] += stream.rows_per_step * self._batch_size
             count = round(cursor["due"]) - cursor["given"]
             cursor["given"] += count
-            if stream.name == DOMAIN:
+            if stream.is_uniform:
+                rows = self._draw_uniformly(stream, cursor, count)
+            elif stream.name == DOMAIN:
                 rows = self._draw_bucketed(stream, cursor, count)
-                targets = sorted(int(self._lengths[stream.store][row]) for row in rows)
             else:
                 rows = self._draw_matched(stream, cursor, count, targets)
+            if stream.name == DOMAIN:
+                targets = sorted(int(self._lengths[stream.store][row]) for row in rows)
             drawn += [
                 DrawnRow(stream.name, stream.store, row, stream.counts_as_task) for row in rows
             ]
@@ -119,6 +123,14 @@ class RowSampler:
             rows += [stream.rows[i] for i in taken]
         return rows
 
+    def _draw_uniformly(self, stream: Stream, cursor: dict[str, Any], count: int) -> list[int]:
+        """Rows of one step alone; twice the same only where there are too few."""
+        step = cursor["uniform"] = cursor.get("uniform", 0) + 1
+        generator = self._generator(f"{stream.key}/uniform/{step}")
+        num_rows = len(stream.rows)
+        chosen = generator.choice(num_rows, size=count, replace=count > num_rows)
+        return [stream.rows[i] for i in chosen]
+
     def _draw_matched(
         self, stream: Stream, cursor: dict[str, Any], count: int, targets: Sequence[int]
     ) -> list[int]:
@@ -150,14 +162,17 @@ class RowSampler:
         cached = self._orders.get(stream.key)
         if cached is not None and cached[0] == (epoch, lead):
             return cached[1]
-        digest = hashlib.sha256(f"{self._seed}/{stream.key}/{epoch}".encode()).digest()
-        generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+        generator = self._generator(f"{stream.key}/{epoch}")
         order = generator.permutation(len(stream.rows))
         if lead >= 0:
             lengths = self._lengths[stream.store][np.asarray(stream.rows)[order]]
             order = _bucket(order, lengths, lead, batch, generator)
         self._orders[stream.key] = ((epoch, lead), order)
         return order
+
+    def _generator(self, purpose: str) -> np.random.Generator:
+        digest = hashlib.sha256(f"{self._seed}/{purpose}".encode()).digest()
+        return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
 def split_micros(

@@ -48,6 +48,8 @@ class Stream:
         rows_per_step: Rows added to each step, as a share of `batch_size`; error diffusion makes the
             cumulative count exact. The domain stream has 1.0.
         counts_as_task: Whether its supervised tokens enter the task cross-entropy.
+        is_uniform: Each step draws afresh, uniformly and no row twice, and epochs stand still meanwhile:
+            for rows that are a part of the stream's for a while.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Stream:
     store: str
     rows_per_step: float
     counts_as_task: bool
+    is_uniform: bool = False
 
     @property
     def key(self) -> str:
@@ -303,6 +306,22 @@ class Pairs:
     digest: str  # of what they are
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How `Context.sample` continues rows.
+
+    Args:
+        num_tokens: New ones at most, fewer after a closing token and at the model's context.
+        temperature: Divides the logits; above 0.
+        prompts: `prompt` is what comes before a row's first supervised token (at least one token); `start`
+            is what all rows of the store begin with (a template's first marks), else the row's first token.
+    """
+
+    num_tokens: int
+    temperature: float = 1.0
+    prompts: Literal["prompt", "start"] = "prompt"
+
+
 @dataclass
 class Context:
     """What the loop shows to strategies. Strategies read it; only the loop writes.
@@ -344,7 +363,8 @@ class Context:
     store_sizes: Mapping[str, int] = field(default_factory=dict)
     #: Adds a store of (token ids, loss weight of each token as a target) rows, for streams of a strategy's own.
     add_store: Callable[[str, "Sequence[TokenRow]"], None] | None = None
-    #: Sampled continuations of a store's rows by the model as it stands; see `workers.training.sampling`.
+    #: Sampled continuations of rows: (store, rows, decoding, generator, by the starting model in place of the
+    #: model as it stands); see `workers.training.sampling`.
     sample: "Callable[..., list[TokenRow]] | None" = None
     #: Unit-norm representations (rows, dim) of a store's rows by the job's encoder.
     embed: Callable[[str, Sequence[int]], Tensor] | None = None
@@ -370,6 +390,16 @@ class Context:
     cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: (
         make()
     )
+
+    #: The streams in force, as every strategy left them.
+    streams: tuple[Stream, ...] = ()
+    #: Lets go of a copy of the starting model, where one was loaded; it is loaded again when it is asked.
+    release_base: Callable[[], None] = lambda: None
+
+    @property
+    def domain_store(self) -> str:
+        """The store of the rows of the task at hand."""
+        return f"training-{self.task_index}" if self.task_index else "training"
 
     def strength(self, kind: str) -> float:
         """The coefficient in force of a strategy."""
