@@ -138,12 +138,17 @@ class Teacher:
         new_row[rows] = torch.arange(len(rows), device=rows.device)
         old_positions = micro.positions_N[mask_N]
         positions = new_row[micro.row_of_N[mask_N]] * width + old_positions % width
-        with torch.no_grad(), self._starting_model() as model:
+        with torch.no_grad(), self.starting_model() as model:
             logits, hidden = model.with_hidden(micro.input_ids_BT[rows], positions, layers)
         return logits, {layer: _flat(h_BTD)[positions] for layer, h_BTD in hidden.items()}
 
+    def release(self) -> None:
+        """Lets go of the copy, where one was loaded; it is loaded again when it is asked."""
+        self._copy = None
+
     @contextlib.contextmanager
-    def _starting_model(self) -> Iterator[SelectedLogits]:
+    def starting_model(self) -> Iterator[SelectedLogits]:
+        """The starting model inside: the copy, or the student with its adapters switched off."""
         if self._load is None:
             with self._switched_off():
                 yield self._student

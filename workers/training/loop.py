@@ -77,7 +77,7 @@ class Run:
                 streams = strategy.edit_streams(self.ctx, streams)
         except ValueError as error:
             raise TrainingFailed(str(error), "retention.strategies") from error
-        self.streams = streams
+        self.streams = self.ctx.streams = streams
 
     def enter(self, index: int) -> None:
         """Sets up what follows from the task alone: what is trained, by which optimiser, on which rows."""

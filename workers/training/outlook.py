@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from app.domain.runplan import RunPlan
 from workers.data.batches import DOMAIN, DrawnRow, build_micro, split_micros
-from workers.strategies.base import Forward, Micro, TokenRow
+from workers.strategies.base import Decoding, Forward, Micro, TokenRow
 from workers.training.loop import Run
 from workers.training.models import autocast_type
 from workers.training.ranks import Ranks
+from workers.training.sampling import sample_rows
+
+OF_THE_BASE = (
+    "base/"  # keys of what follows from the base and the key alone, whatever the job's adapters
+)
 
 
 class ListedRows:
@@ -69,6 +74,16 @@ def show_the_run(plan: RunPlan, run: Run) -> None:
         logits, hidden = run.student.with_hidden(micro.input_ids_BT, micro.positions_N, layers)
         return Forward(logits_NV=logits, hidden_BTD=hidden)
 
+    def sample(
+        store: str,
+        rows: Sequence[int],
+        decoding: Decoding,
+        generator: torch.Generator,
+        *,
+        base: bool = False,
+    ) -> list[TokenRow]:
+        return sample_rows(run, store, rows, decoding, generator, base=base)
+
     ctx.all_reduce = run.ranks.all_reduce
     ctx.store_sizes = {name: len(store.lengths) for name, store in run.stores.items()}
     ctx.store_micros = store_micros
@@ -78,6 +93,8 @@ def show_the_run(plan: RunPlan, run: Run) -> None:
     ctx.forward = forward
     ctx.base_forward = run.teacher
     ctx.base_hidden = run.teacher.hidden
+    ctx.release_base = run.teacher.release
+    ctx.sample = sample
     ctx.cached = _Cache(plan, run.model, run.ranks, ctx.device)
 
 
@@ -104,12 +121,15 @@ class _Cache:
             "dtype": str(next(model.parameters()).dtype),
         }
         self._settings = json.dumps(settings, sort_keys=True)
+        of_the_base = {k: v for k, v in settings.items() if k not in ("general", "lora", "seed")}
+        self._base_settings = json.dumps(of_the_base, sort_keys=True)
         self._directory = Path(plan.cache_directory) / "strategies"
         self._ranks = ranks
         self._device = device
 
     def __call__(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        name = hashlib.sha256(f"{self._settings}/{key}".encode()).hexdigest()
+        settings = self._base_settings if key.startswith(OF_THE_BASE) else self._settings
+        name = hashlib.sha256(f"{settings}/{key}".encode()).hexdigest()
         path = self._directory / f"{name}.safetensors"
         found = self._load(path)
         seen = self._ranks.sum_counts({"found": float(found is not None)})

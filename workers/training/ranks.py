@@ -81,6 +81,16 @@ class Ranks:
                 total[key] = total.get(key, 0.0) + count
         return total
 
+    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401 - whatever each rank has
+        """Every rank's value, in order of rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        from torch import distributed
+
+        gathered: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(gathered, value, group=self._control)
+        return gathered
+
     def broadcast(self, value: Any) -> Any:  # noqa: ANN401 - whatever rank 0 decided
         """Rank 0's value, on every rank."""
         if self.world_size == 1:

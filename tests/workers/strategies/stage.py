@@ -1,5 +1,6 @@
 """A tiny causal model in float64, its context, and the reference step that strategies are tested under."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,14 @@ from torch.nn import functional as F
 
 from workers.strategies.base import (
     Context,
+    Decoding,
     Forward,
     LoraPair,
     Micro,
     Pairs,
     Strategy,
     Stream,
+    TokenRow,
 )
 from workers.strategies.penalties import apply_pulls
 
@@ -168,6 +171,9 @@ class Stage:
             store_micros=self._store_micros,
             rows_micro=self._rows_micro,
             add_store=self._add_store,
+            base_forward=lambda micro, mask: self._taught(micro, mask)[0],
+            base_hidden=self._base_hidden,
+            sample=self._sample,
         )
         # A counterpart differs in its prompt, a row's first token.
         others = [[row[0] % (VOCABULARY - 1) + 1, *row[1:]] for row in self.training]
@@ -229,6 +235,7 @@ class Stage:
         streams: tuple[Stream, ...] = (domain,)
         for strategy in self.strategies:
             streams = strategy.edit_streams(self.ctx, streams)
+        self.ctx.streams = streams
         return streams
 
     def micros(self) -> list[Micro]:
@@ -256,11 +263,40 @@ class Stage:
         mask = micro.source_mask_N(sources)
         if not mask.any():
             return out
-        with torch.no_grad():
-            teacher = self.base(micro.input_ids_BT, micro.positions_N)[mask]
-        at = micro.positions_N[mask]
-        taught = {n: h.reshape(-1, WIDTH)[at] for n, h in self.base.hidden_BTD.items()}
+        teacher, taught = self._taught(micro, mask)
         return Forward(out.logits_NV, teacher, mask, out.hidden_BTD, taught)
+
+    def _taught(self, micro: Micro, mask: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        with torch.no_grad():
+            logits = self.base(micro.input_ids_BT, micro.positions_N)[mask]
+        at = micro.positions_N[mask]
+        return logits, {n: h.reshape(-1, WIDTH)[at] for n, h in self.base.hidden_BTD.items()}
+
+    def _base_hidden(self, micro: Micro, mask: Tensor, layers: frozenset[int]) -> Any:
+        taught = self._taught(micro, mask)[1]
+        return {layer: taught[layer] for layer in layers}
+
+    def _sample(
+        self,
+        store: str,
+        rows: Sequence[int],
+        decoding: Decoding,
+        generator: torch.Generator,
+        *,
+        base: bool = False,
+    ) -> list[TokenRow]:
+        """Continues the first two tokens of each row, one row and token at a time."""
+        model = self.base if base else copy.deepcopy(self.model).eval()
+        made = []
+        for row in rows:
+            ids = list(self.stores[store][row][:2])
+            for _ in range(decoding.num_tokens):
+                last = torch.tensor([len(ids) - 1])
+                with torch.no_grad():
+                    logits = model(torch.tensor([ids]), last)[0] / decoding.temperature
+                ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+            made.append((ids, [0.0, 0.0] + [1.0] * decoding.num_tokens))
+        return made
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the next step before hook 9, left in `grad`; the loss's parts go to `losses`."""

@@ -1,0 +1,83 @@
+"""How alike two sets of representations are: linear CKA (Kornblith et al. 2019, arXiv 1905.00414, eq. 4)."""
+
+# Shape letters: N examples, P and Q widths.
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from workers.strategies.base import Context
+
+NUM_POSITIONS = 1024  # compared at most
+
+
+def linear_cka(left_NP: Tensor, right_NQ: Tensor) -> float:
+    """|Yc' Xc|_F^2 / (|Xc' Xc|_F |Yc' Yc|_F) of the centred representations, in float64; 0 to 1.
+
+    It is 1 where one set is a rotation, shift or scaling of the other. By the smaller of the Gram matrices:
+    over examples or over features, which give the same number. NaN where a set is constant.
+
+    Args:
+        left_NP: One row an example.
+        right_NQ: The same examples.
+    """
+    left, right = (x.double() - x.double().mean(0) for x in (left_NP, right_NQ))
+    if len(left) < max(left.shape[1], right.shape[1]):
+        gram_left, gram_right = left @ left.T, right @ right.T
+        shared = (gram_left * gram_right).sum()
+    else:
+        gram_left, gram_right = left.T @ left, right.T @ right
+        shared = (left.T @ right).square().sum()
+    return float(shared / (torch.linalg.norm(gram_left) * torch.linalg.norm(gram_right)))
+
+
+def cka_to_base(ctx: Context, store: str, rows: Sequence[int]) -> dict[int, float]:
+    """Linear CKA of every layer between the model as it stands and the starting one, at supervised positions.
+
+    The rows are read whole on every rank, one at a time, until 1,024 positions are found.
+
+    Args:
+        ctx: Of the run.
+        store: Where the rows lie.
+        rows: Indices into it.
+
+    Raises:
+        ValueError: The run gives no access to rows, hidden states or the starting model.
+    """
+    if ctx.rows_micro is None or ctx.forward is None or ctx.base_hidden is None:
+        raise ValueError("this run shows no hidden states")
+    layers = frozenset(range(ctx.num_layers + 1))
+    own: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    base: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    found = 0
+    for row in rows:
+        micro = ctx.rows_micro(store, store, [row])
+        everything = torch.ones_like(micro.row_of_N, dtype=torch.bool)
+        if found >= NUM_POSITIONS or not everything.numel():
+            continue
+        found += everything.numel()
+        with torch.no_grad(), evaluating(ctx.model):
+            hidden = ctx.forward(micro, layers).hidden_BTD
+            taught = ctx.base_hidden(micro, everything, layers)
+        for layer in layers:
+            flat = hidden[layer].reshape(-1, hidden[layer].shape[-1])
+            own[layer].append(flat[micro.positions_N].cpu())
+            base[layer].append(taught[layer].cpu())
+    if not found:
+        return {}
+    return {
+        layer: linear_cka(torch.cat(own[layer]), torch.cat(base[layer])) for layer in sorted(layers)
+    }
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the former mode after."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
