@@ -138,7 +138,7 @@ class Micro:
 class Backward(Protocol):
     """Adds gradients to `grad`; see `Strategy.compute_grads`."""
 
-    def __call__(self, micros: Sequence[Micro], *, task_only: bool = False) -> None:
+    def __call__(self, micros: Sequence[Micro], /, *, task_only: bool = False) -> None:
         """Of the loss over these micro-batches; `task_only` leaves the strategies' terms out."""
         ...
 
