@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from app.domain.auto import Job, choose_strategies
 from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.hybrid import check_hybrid_optimizer
 from app.domain.levers import check_lever
 from app.domain.policy import Policy, Retention
 from app.domain.spec import CreateJob, Hyperparameters, ResolvedTraining
@@ -56,10 +57,16 @@ def resolve_training(
         seed: Used where the request has none.
 
     Raises:
-        BadRequest: `training.max_seq_length` is above the model's context.
+        BadRequest: `training.max_seq_length` is above the model's context, or the weights would decay twice.
     """
     asked = asked_hyperparameters(request)
     training = request.training
+    if request.retention is not None and not isinstance(request.retention.strategies, str):
+        check_hybrid_optimizer(
+            request.retention.strategies,
+            lora=training.type == "lora",
+            weight_decay=training.weight_decay,
+        )
     batch_size = (
         auto_batch_size(num_rows) if isinstance(asked.batch_size, str) else asked.batch_size
     )

@@ -80,23 +80,37 @@ class Run:
         self.streams = self.ctx.streams = streams
 
     def enter(self, index: int) -> None:
-        """Sets up what follows from the task alone: what is trained, by which optimiser, on which rows."""
+        """Sets up what follows from the task alone: what is trained, by which optimiser, on which rows.
+
+        Raises:
+            TrainingFailed: A strategy does not fit the model or the task.
+        """
         task, ctx = self.tasks[index], self.ctx
         ctx.task_index, ctx.task_name = index, task.name
         ctx.task_first_step, ctx.task_steps = task.first_step, task.training.total_steps
         ctx.schedule = partial(learning_rate_factor, task.training)
         self._set_coefs(self.controller)
         ctx.num_training_rows = len(task.stream.rows)
-        names = task.trained or frozenset(self.all_params)
-        for strategy in self.strategies:
-            names = strategy.edit_trainable(ctx, names)
+        names = self._trainable(task)
         for name, parameter in self.all_params.items():
             parameter.requires_grad_(name in names)
             parameter.grad = None
         ctx.params = {name: p for name, p in self.all_params.items() if name in names}
         ctx.lora_pairs = tuple(pair for pair in self.all_pairs if pair.lora_B.requires_grad)
-        self.optimizer = self.make_optimizer(self)
+        try:
+            self.optimizer = self.make_optimizer(self)
+        except ValueError as error:
+            raise TrainingFailed(str(error), "retention.strategies") from error
         self.use(self.controller)
+
+    def _trainable(self, task: Task) -> frozenset[str]:
+        names = task.trained or frozenset(self.all_params)
+        try:
+            for strategy in self.strategies:
+                names = strategy.edit_trainable(self.ctx, names)
+        except ValueError as error:
+            raise TrainingFailed(str(error), "retention.strategies") from error
+        return names
 
 
 def enter_due_task(run: Run) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.freeze import FreezeConfig
+from app.domain.configs.hybrid import HybridOptimizerConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
@@ -20,6 +22,8 @@ def build_strategies(configs: Sequence[StrategyConfig]) -> tuple[Strategy, ...]:
 def _build_strategy(config: StrategyConfig) -> Strategy:
     from workers.strategies.methods.distillation import Distillation
     from workers.strategies.methods.ewc import Ewc
+    from workers.strategies.methods.freeze import Freeze
+    from workers.strategies.methods.hybrid_optimizer import HybridOptimizer
     from workers.strategies.methods.l2sp import L2Sp
     from workers.strategies.methods.replay import Replay
 
@@ -32,5 +36,9 @@ def _build_strategy(config: StrategyConfig) -> Strategy:
             return Replay(**config.model_dump(exclude=SHARED_FIELDS))
         case DistillationConfig():
             return Distillation(**config.model_dump(exclude=SHARED_FIELDS))
+        case FreezeConfig():
+            return Freeze(**config.model_dump(exclude=SHARED_FIELDS))
+        case HybridOptimizerConfig():
+            return HybridOptimizer(**config.model_dump(exclude=SHARED_FIELDS))
         case _:
             assert_never(config)

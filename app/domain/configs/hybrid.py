@@ -25,13 +25,17 @@ class HybridOptimizerConfig(StrategyBase):
     wd_backbone: float = Field(default=1e-5, ge=0, le=1)  # of matrices, embeddings and heads
     wd_adapter: float = Field(default=1e-3, ge=0, le=1)  # of LoRA factors
     decay_anchor: Literal["auto", "zero", "pretrained"] = "auto"
-    decay_mode: Literal["lr_scaled", "lr_free"] = "lr_scaled"  # times the rate, or the schedule alone
+    decay_mode: Literal["lr_scaled", "lr_free"] = (
+        "lr_scaled"  # times the rate, or the schedule alone
+    )
     force: bool = False  # lets lr_free shrink by more than half in all
     importance: Literal["none", "gradient_ema"] = "none"
     importance_decay: float = Field(default=0.99, ge=0, lt=1)  # of the average, per step
     trust_ratio: Literal["none", "lars", "lamb"] = "none"
     trust_coefficient: float = Field(default=1e-3, gt=0, le=1)  # of lars
-    layer_decay: float = Field(default=1.0, gt=0, le=1)  # learning rate of each layer below the next
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1
+    )  # learning rate of each layer below the next
     lora_plus_ratio: float = Field(default=1.0, ge=1, le=64)  # rate of B over that of A
 
     @property

@@ -188,8 +188,17 @@ class Stage:
             self.ctx.cached = self.cached
         self._keep_trainable()
         self.optimizer = torch.optim.AdamW(self.params.values(), lr=self.learning_rate)
+        groups: list[dict[str, Any]] = [  # shown alone: the optimiser moves all at one rate
+            {
+                "params": list(self.params.values()),
+                "names": list(self.params),
+                "lr": self.learning_rate,
+                "base_lr": self.learning_rate,
+                "weight_decay": 0.0,
+            }
+        ]
         for strategy in self.strategies:
-            strategy.edit_param_groups(self.ctx, [])
+            groups = strategy.edit_param_groups(self.ctx, groups)
         if self.start:
             for strategy in self.strategies:
                 strategy.on_task_start(self.ctx)

@@ -17,18 +17,20 @@ both_kinds = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"]
 
 def stage_of(*cases, strength=None, **overrides):
     coefs = {c.kind: c.strength if strength is None else strength for c in cases}
-    return Stage([c.make() for c in cases], coefs, **overrides)
+    num_blocks = max(c.num_blocks for c in cases)
+    return Stage([c.make() for c in cases], coefs, num_blocks=num_blocks, **overrides)
 
 
-def plain_weights(lora):
+def plain_weights(lora, num_blocks):
     torch.manual_seed(11)
-    return Stage([], {}, lora=lora, dropout=0.1).train(STEPS).weights()
+    stage = Stage([], {}, lora=lora, dropout=0.1, num_blocks=num_blocks)
+    return stage.train(STEPS).weights()
 
 
 @both_kinds
 @every_case
 def test_g1_strength_zero_is_bit_identical_to_plain_training(case, lora):
-    expected = plain_weights(lora)
+    expected = plain_weights(lora, case.num_blocks)
     torch.manual_seed(11)
     armed = stage_of(case, strength=0.0, lora=lora, dropout=0.1).train(STEPS)
     assert same(armed.weights(), expected)
@@ -38,7 +40,9 @@ def test_g1_strength_zero_is_bit_identical_to_plain_training(case, lora):
 @every_case
 def test_g2_strength_moves_the_weights_and_the_metric_says_so(case, lora):
     stage = stage_of(case, lora=lora).train(3)
-    assert not same(stage.weights(), Stage([], {}, lora=lora).train(3).weights())
+    assert not same(
+        stage.weights(), Stage([], {}, lora=lora, num_blocks=case.num_blocks).train(3).weights()
+    )
     assert stage.strategies[0].metrics()[case.effect_metric] > 0
 
 
@@ -50,7 +54,9 @@ def test_an_armed_strategy_is_turned_on_later(case, lora):
     stage.ctx.coefs[case.kind] = case.strength
     stage.train(2)
     assert stage.strategies[0].metrics()[case.effect_metric] > 0
-    assert not same(stage.weights(), Stage([], {}, lora=lora).train(7).weights())
+    assert not same(
+        stage.weights(), Stage([], {}, lora=lora, num_blocks=case.num_blocks).train(7).weights()
+    )
 
 
 @both_kinds
