@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -88,7 +88,7 @@ class Message(Frozen):
         return self.role == "assistant" and self.weight != 0
 
 
-class ChatRow(Frozen):
+class ChatContent(Frozen):
     """A conversation; every assistant turn counts unless its weight is 0."""
 
     messages: tuple[Message, ...] = Field(min_length=1)
@@ -102,17 +102,45 @@ class ChatRow(Frozen):
         return self
 
 
-class CompletionRow(Frozen):
+class CompletionContent(Frozen):
     """A prompt, taken as it stands, and what should follow it."""
 
     prompt: str
     completion: str = Field(min_length=1)
 
 
-class TextRow(Frozen):
+class TextContent(Frozen):
     """Plain text for continued pre-training."""
 
     text: str = Field(min_length=1)
+
+
+Environment = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class ChatRow(ChatContent):
+    """A conversation with what strategies may read of it.
+
+    `counterfactual` is the same conversation put in another way, with the same answers; `domain` names the
+    environment that the row comes from. Both are ignored by strategies that don't ask for them.
+    """
+
+    counterfactual: ChatContent | None = None
+    domain: Environment | None = None
+
+
+class CompletionRow(CompletionContent):
+    """A prompt and its completion, with what strategies may read of it."""
+
+    counterfactual: CompletionContent | None = None
+    domain: Environment | None = None
+
+
+class TextRow(TextContent):
+    """A text, with what strategies may read of it."""
+
+    counterfactual: TextContent | None = None
+    domain: Environment | None = None
 
 
 Row = ChatRow | CompletionRow | TextRow
@@ -142,6 +170,13 @@ class ItemsReport(Frozen):
     num_bytes: int
     ids_sha256: str
     chance_level: float
+
+
+def counterpart(row: Row) -> Row | None:
+    """The counterfactual that a row carries, as a row of its own."""
+    if row.counterfactual is None:
+        return None
+    return type(row).model_construct(**dict(row.counterfactual))
 
 
 def row_format(row: Row) -> RowFormat:

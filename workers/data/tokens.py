@@ -21,7 +21,7 @@ from workers.data.masks import Encoder, Ids, Weights, tokenizer_sha256
 from workers.data.overlap import drop_overlapping, item_texts, row_texts
 from workers.data.rendering import Renderer
 
-CACHE_VERSION: Final = 1  # part of the key: raise it when rendering or masks change
+CACHE_VERSION: Final = 2  # part of the key: raise it when rendering or masks change
 CHUNK_ROWS: Final = 512
 MAX_LISTED_LINES: Final = 20
 _DTYPES: Final = {"I32": np.int32, "I64": np.int64, "F32": np.float32}
@@ -46,6 +46,7 @@ class TokenStore:
         weights: float32 loss weight of each token as a target; 0 for the first of a row.
         lines: int64 line number of each row in its file, from 1.
         findings: What was cut or left out.
+        environments: The `domain` of each row, "" where it names none; empty where no row does.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class TokenStore:
         weights: Weights,
         lines: NDArray[np.int64],
         findings: Sequence[Finding] = (),
+        environments: Sequence[str] = (),
     ) -> None:
         self.input_ids = input_ids
         self.offsets = offsets
         self.weights = weights
         self.lines = lines
         self.findings = tuple(findings)
+        self.environments = tuple(environments)
         self._lengths: NDArray[np.int64] = np.diff(offsets).astype(np.int64)
 
     def __len__(self) -> int:
@@ -107,8 +110,8 @@ def load_tokens(
     path = cache_directory / "tokens" / f"{key}.safetensors"
     if not path.exists():
         built = _build(Path(rows.path), renderer, tokenizer, max_seq_length, param, benchmarks)
-        _save(path, built)
-    store = _open(path)
+        save_store(path, built)
+    store, _ = open_store(path)
     if not len(store):
         lines = sorted({line for finding in store.findings for line in finding.lines})
         listed = ", ".join(map(str, lines)) or "none"
@@ -157,7 +160,8 @@ def _build(
     empty: list[int] = []
     overlapping: list[int] = []
     kept: list[tuple[int, Ids, Weights]] = []
-    for chunk in _read_chunks(path, param):
+    environments: list[str] = []
+    for chunk in read_chunks(path, param):
         rows = chunk
         if texts:
             positions, _ = drop_overlapping((row_texts(row) for _, row in chunk), texts)
@@ -165,11 +169,12 @@ def _build(
             overlapping += [line for i, (line, _) in enumerate(chunk) if i not in chosen]
             rows = [chunk[i] for i in positions]
         rendered = [renderer.render_row(row) for _, row in rows]
-        for (line, _), (ids, weights) in zip(rows, encoder.encode(rendered), strict=True):
+        for (line, row), (ids, weights) in zip(rows, encoder.encode(rendered), strict=True):
             if len(ids) > max_seq_length:
                 truncated.append(line)
             if weights[:max_seq_length].any():
                 kept.append((line, ids[:max_seq_length], weights[:max_seq_length]))
+                environments.append(row.domain or "")
             else:
                 empty.append(line)
     return TokenStore(
@@ -178,10 +183,16 @@ def _build(
         weights=np.concatenate([w for _, _, w in kept] or [np.empty(0, np.float32)]),
         lines=np.asarray([line for line, _, _ in kept], np.int64),
         findings=_findings(truncated, empty, overlapping, max_seq_length),
+        environments=environments if any(environments) else (),
     )
 
 
-def _read_chunks(path: Path, param: str) -> Iterator[list[tuple[int, Row]]]:
+def read_chunks(path: Path, param: str) -> Iterator[list[tuple[int, Row]]]:
+    """The rows of a file with their line numbers, some hundred at a time.
+
+    Raises:
+        TrainingFailed: A line is no row.
+    """
     with path.open("rb") as file:
         rows = iter_rows(read_lines(file), param=param)
         while True:
@@ -218,8 +229,8 @@ def _findings(
     return found
 
 
-def _save(path: Path, store: TokenStore) -> None:
-    """Writes the store under a name of its own, then renames: readers see all of it or nothing."""
+def save_store(path: Path, store: TokenStore, **more: NDArray[Any]) -> None:
+    """Writes the store, and arrays beside it, under a name of its own, then renames: readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     arrays: dict[str, NDArray[Any]] = {
@@ -227,31 +238,41 @@ def _save(path: Path, store: TokenStore) -> None:
         "lines": store.lines,
         "input_ids": store.input_ids,
         "weights": store.weights,
+        **more,
     }
+    names = sorted(set(store.environments))
+    if names:
+        place = {name: index for index, name in enumerate(names)}
+        arrays["environment_of"] = np.asarray([place[e] for e in store.environments], np.int32)
     findings = [[f.code, f.message, f.count, f.lines] for f in store.findings]
     try:
-        save_file(arrays, partial, metadata={"findings": json.dumps(findings)})
+        facts = {"findings": json.dumps(findings), "environments": json.dumps(names)}
+        save_file(arrays, partial, metadata=facts)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _open(path: Path) -> TokenStore:
-    """Maps the arrays of a safetensors file into memory; nothing is read before it is used."""
+def open_store(path: Path) -> tuple[TokenStore, dict[str, NDArray[Any]]]:
+    """Maps the arrays of a saved store into memory, read when they are used; the arrays beside it come, too."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))
-    findings = json.loads(header.pop("__metadata__")["findings"])
+    facts = header.pop("__metadata__")
+    findings, names = json.loads(facts["findings"]), json.loads(facts["environments"])
     arrays = {name: _map(path, 8 + size, entry) for name, entry in header.items()}
-    return TokenStore(
-        input_ids=arrays["input_ids"],
-        offsets=arrays["offsets"],
-        weights=arrays["weights"],
-        lines=arrays["lines"],
+    places = arrays.pop("environment_of", np.empty(0, np.int32))
+    store = TokenStore(
+        input_ids=arrays.pop("input_ids"),
+        offsets=arrays.pop("offsets"),
+        weights=arrays.pop("weights"),
+        lines=arrays.pop("lines"),
         findings=[
             Finding(code, message, count, tuple(lines)) for code, message, count, lines in findings
         ],
+        environments=[names[place] for place in places],
     )
+    return store, arrays
 
 
 def _map(path: Path, start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
