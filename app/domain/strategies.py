@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
+from app.domain.configs.adapters import DomainAdaptersConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
@@ -13,7 +14,8 @@ from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 
 StrategyConfig = Annotated[
-    FreezeConfig
+    DomainAdaptersConfig
+    | FreezeConfig
     | HybridOptimizerConfig
     | EwcConfig
     | L2SpConfig
@@ -39,6 +41,7 @@ CARDS: Mapping[str, Card] = MappingProxyType(
         "l2sp": Card(0.3, 0.1, None, 1, needs_general_data=False),
         "replay": Card(0.1, 0.1, 0.5, 2, needs_general_data=True),
         "distillation": Card(1.0, 1.0, None, 3, needs_general_data=True),
+        "domain_adapters": Card(1.0, 1.0, 100.0, 30, needs_general_data=False),
         "freeze": Card(0.5, 0.5, 0.9, 21, needs_general_data=False),
         "hybrid_optimizer": Card(1.0, 1.0, None, 20, needs_general_data=False),
     }

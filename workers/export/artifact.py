@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -10,6 +11,8 @@ from torch import nn
 
 from app.domain.digests import file_sha256, list_files
 from app.errors import TrainingFailed
+from workers.export.bottleneck import BottleneckModel, save_bottlenecks
+from workers.export.merge import active_adapters, changes_something, merged_weights
 
 PROVENANCE_FILE: Final = "retain.json"
 ArtifactKind = Literal["adapter", "full"]
@@ -35,12 +38,14 @@ def save_artifact(
 ) -> Path:
     """Writes the weights as they stand, so set the point of the line before.
 
-    An adapter at a point below 1 has its `lora_B` scaled, so the plain peft layout loads anywhere. The
-    directory appears whole or not at all.
+    An adapter at a point below 1 has its `lora_B` scaled, so the plain peft layout loads anywhere. Where there
+    are several, each that changes something lies in a directory of its own, called as it is, and the last
+    active one at the root, so that the whole loads as one adapter. The directory appears whole or not at all.
 
     Args:
         directory: Replaced where it is there.
-        model: A peft model for `adapter`, a transformers model for `full`.
+        model: A peft or bottleneck model for `adapter`; a transformers model for `full`, or a peft model, whose
+            active adapters are then merged into the weights that are written.
         tokenizer: Saved beside the weights.
         kind: What is written.
         provenance: JSON values for `retain.json`: `job`, `base_model`, `base_sha256`, `template`, and `alpha`,
@@ -57,11 +62,13 @@ def save_artifact(
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if kind == "adapter":
-        _save_adapter(partial, model, provenance)
+    base_model = provenance.get("base_model")
+    if kind == "full":
+        _save_full(partial, model)
+    elif isinstance(model, BottleneckModel):
+        save_bottlenecks(partial, model, base_model=base_model)
     else:
-        saved: Any = model
-        saved.save_pretrained(partial)
+        _save_adapters(partial, model, base_model)
     _save_tokenizer(partial, tokenizer, chat_template)
     if extras is not None:
         extras(partial)
@@ -99,13 +106,33 @@ def load_provenance(directory: Path) -> dict[str, Any]:
     return record
 
 
-def _save_adapter(directory: Path, model: Any, provenance: Mapping[str, Any]) -> None:  # noqa: ANN401
+def _save_full(directory: Path, model: Any) -> None:  # noqa: ANN401
+    if hasattr(model, "peft_config"):
+        model.get_base_model().save_pretrained(directory, state_dict=merged_weights(model))
+    else:
+        model.save_pretrained(directory)
+
+
+def _save_adapters(directory: Path, model: Any, base_model: str | None) -> None:  # noqa: ANN401
+    root = active_adapters(model)[-1]
+    if len(model.peft_config) > 1:
+        for name in model.peft_config:
+            if name == root or changes_something(model, name):
+                _save_adapter(directory / name, model, name, base_model)
+    _save_adapter(directory, model, root, base_model)
+
+
+def _save_adapter(directory: Path, model: Any, name: str, base_model: str | None) -> None:  # noqa: ANN401
     """The peft layout, without the model card, and naming the base model instead of its path here."""
-    model.save_pretrained(directory, save_embedding_layers=False)
-    (directory / "README.md").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as scratch:
+        model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+        written = Path(scratch) if name == "default" else Path(scratch) / name
+        directory.mkdir(exist_ok=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.move(written / file, directory / file)
     path = directory / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = provenance.get("base_model")
+    config["base_model_name_or_path"] = base_model
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -62,14 +62,15 @@ class BottleneckModel(nn.Module):
         self.width = width
         self.active: tuple[str, ...] = ()
         blocks = find_blocks(base)
-        device = next(base.parameters()).device
+        first = next(base.parameters())
+        dtype = torch.promote_types(first.dtype, torch.float32)
         generator = torch.Generator().manual_seed(seed)
         dim = int(self.config.get_text_config().hidden_size)
         self.bottlenecks = nn.ModuleDict(
             {
                 f"adapter_{name}": nn.ModuleDict(
                     {
-                        place.replace(".", "/"): Bottleneck(dim, width, generator).to(device)
+                        _key(place): Bottleneck(dim, width, generator).to(first.device, dtype)
                         for place in blocks
                     }
                 )
@@ -78,7 +79,7 @@ class BottleneckModel(nn.Module):
         )
         self.names = tuple(names)
         for place, block in blocks.items():
-            block.register_forward_hook(self._hook(place.replace(".", "/")))
+            block.register_forward_hook(self._hook(_key(place)))
 
     def forward(self, *inputs: Any, **more: Any) -> Any:  # noqa: ANN401 - transformers is untyped
         """The base model's, with the active adapters."""
@@ -121,12 +122,17 @@ class BottleneckModel(nn.Module):
                 return output
             hidden_BTD = output[0] if isinstance(output, tuple) else output
             changed = hidden_BTD
-            for name in self.active:
+            for name in self.active:  # every one reads the block's own output, so that they add up
                 adapters: Any = self.bottlenecks[f"adapter_{name}"]
                 changed = changed + adapters[key](hidden_BTD).to(hidden_BTD.dtype)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return add
+
+
+def _key(place: str) -> str:
+    """A block's name as a module may be called."""
+    return place.replace(".", "_")
 
 
 def find_blocks(base: nn.Module) -> dict[str, nn.Module]:

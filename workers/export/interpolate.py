@@ -1,6 +1,6 @@
 """WiSE-FT: the line from the base weights to the tuned ones, theta(a) = (1 - a) theta0 + a theta1."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import TrainingFailed
+from workers.export.bottleneck import BottleneckModel
 from workers.export.merge import adapted_layers
 
 
@@ -32,8 +33,24 @@ class Interpolation:
         Raises:
             TrainingFailed: The adapter changes more than that; code `not_interpolable`.
         """
-        layers = adapted_layers(model, adapter, "not_interpolable")
-        factors = [layer.lora_B[adapter].weight for layer in layers.values()]
+        return cls.of_adapters(model, [adapter])
+
+    @classmethod
+    def of_adapters(cls, model: nn.Module, adapters: Sequence[str]) -> Self:
+        """For adapters that act together, plain LoRA or bottlenecks: all of them are scaled alike.
+
+        A bottleneck's output is linear in `up`, so the line is one in its function of a block's output.
+
+        Raises:
+            TrainingFailed: One of them changes more than that; code `not_interpolable`.
+        """
+        factors: list[nn.Parameter] = []
+        for adapter in adapters:
+            if isinstance(model, BottleneckModel):
+                factors += [bottleneck.up for bottleneck in model.adapter(adapter).values()]
+            else:
+                layers = adapted_layers(model, adapter, "not_interpolable")
+                factors += [layer.lora_B[adapter].weight for layer in layers.values()]
         return cls({factor: (factor.detach().clone(), None) for factor in factors})
 
     @classmethod
@@ -60,6 +77,10 @@ class Interpolation:
                 for name, p in params.items()
             }
         )
+
+    def joined(self, other: "Interpolation") -> Self:
+        """One line through the points of both, which move no parameter in common."""
+        return type(self)(self._points | other._points)
 
     @torch.no_grad()
     def set(self, alpha: float) -> None:

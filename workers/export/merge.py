@@ -1,13 +1,28 @@
 """Merging an adapter into the base weights, checked against the change that the adapter makes."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from app.errors import TrainingFailed
+from workers.export.bottleneck import BottleneckModel
 
 TOLERANCE_EPS: Final = 8.0  # roundings of the weight's own type, relative to its largest entry
+
+
+@contextlib.contextmanager
+def keeping_flags(model: nn.Module) -> Iterator[None]:
+    """What requires a gradient is as before afterwards: peft sets it whenever adapters are switched."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(requires_grad=flag)
 
 
 def adapted_layers(model: nn.Module, adapter: str, code: str) -> dict[str, Any]:
@@ -33,6 +48,61 @@ def adapted_layers(model: nn.Module, adapter: str, code: str) -> dict[str, Any]:
     if config.bias != "none":
         _refuse("the adapter trains biases", code)
     return layers
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The adapters that act; none for a model that has no adapter."""
+    if isinstance(model, BottleneckModel):
+        return model.active
+    wrapped: Any = model
+    return tuple(wrapped.active_adapters) if hasattr(model, "peft_config") else ()
+
+
+def changes_something(model: nn.Module, adapter: str) -> bool:
+    """Whether an adapter has left its start, where `lora_B` is 0."""
+    factors = [p for n, p in model.named_parameters() if f".lora_B.{adapter}." in n]
+    return any(bool(factor.any()) for factor in factors)
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Whether a parameter of a wrapped model belongs to a LoRA adapter."""
+    return ".lora_" in name
+
+
+def base_name(name: str) -> str:
+    """What the base calls a parameter or tensor that a wrapped model has under this name."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The base's tensors with every active adapter's change in them, by the base's names; `model` stays as it is.
+
+    Raises:
+        TrainingFailed: An adapter is no plain LoRA or is merged already, or a weight is quantised; code
+            `merge_failed`.
+    """
+    changes: dict[str, Tensor] = {}
+    for adapter in active_adapters(model):
+        for name, layer in adapted_layers(model, adapter, "merge_failed").items():
+            if layer.merged or not layer.get_base_layer().weight.is_floating_point():
+                _refuse(f"{name}: the weight is quantised, or merged already", "merge_failed")
+            key = f"{base_name(name)}.weight"
+            change = adapter_change(layer, adapter)
+            changes[key] = changes[key] + change if key in changes else change
+    wrapped: Any = model
+    merged: dict[str, Tensor] = {}
+    for name, tensor in wrapped.get_base_model().state_dict().items():
+        if is_adapter_weight(name):
+            continue
+        key = base_name(name)
+        change_of_it = changes.pop(key, None)
+        merged[key] = (
+            tensor if change_of_it is None else (tensor.float() + change_of_it).to(tensor.dtype)
+        )
+    if changes:
+        _refuse(f"{next(iter(changes))} is no weight of the base", "merge_failed")
+    return merged
 
 
 def adapter_change(layer: Any, adapter: str) -> Tensor:  # noqa: ANN401 - peft is untyped

@@ -11,9 +11,10 @@ from app.domain.runplan import RunPlan
 from app.domain.strategies import strength_in_force
 from workers.data.batches import Rows, RowSampler
 from workers.strategies.base import Context, Strategy
+from workers.training.adapters import adapt, adapter_names, find_config, show_adapters
 from workers.training.forward import SelectedLogits, Teacher
 from workers.training.loop import Run
-from workers.training.models import add_adapters, autocast_type, load_base, lora_pairs
+from workers.training.models import autocast_type, load_base, lora_pairs
 from workers.training.optimizers import make_optimizer
 from workers.training.outlook import show_the_run
 from workers.training.ranks import Ranks
@@ -62,10 +63,7 @@ def build_run(
         enable: Any = model.activation_checkpointing_enable
         enable(activation_checkpointing_kwargs={"use_reentrant": False})
     probe = SelectedLogits(model, autocast=autocast).probe_hash() if is_lora else None
-    if is_lora or training.late_adapter:
-        model = add_adapters(model, training.lora, seed=training.seed)
-    if training.late_adapter:  # which stage trains what is settled as each is entered
-        model.requires_grad_(requires_grad=True)
+    model = adapt(model, training, plan.strategies, [stage.name for stage in plan.stages])
 
     def load_copy() -> SelectedLogits:
         copy = load_base(plan.base, device, dtype or frozen_type).eval()
@@ -116,6 +114,9 @@ def assemble_run(
     )
     ctx.num_tasks = max(len(plan.stages), 1)
     ctx.models = plan.models
+    if find_config(plan.strategies) is not None:
+        names = adapter_names([stage.name for stage in plan.stages])
+        ctx.adapters = show_adapters(model, names, training.lora)
     for strategy in strategies:
         model = strategy.edit_model(ctx, model)
     model.train()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import TrainingFailed
+from workers.export.merge import keeping_flags
 from workers.strategies.base import Forward, Micro, Needs
 
 PROBE_TOKENS = 24
@@ -162,7 +163,7 @@ class Teacher:
     def _switched_off(self) -> Iterator[None]:
         model: Any = self._student.model
         quiet = evaluating(model) if self._has_dropout else contextlib.nullcontext()
-        with quiet, model.disable_adapter():
+        with quiet, keeping_flags(model), model.disable_adapter():
             yield
 
 

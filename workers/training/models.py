@@ -55,8 +55,13 @@ def load_tokenizer(base: BasePlan) -> Any:  # noqa: ANN401 - transformers has no
     )
 
 
-def add_adapters(model: nn.Module, lora: LoraConfig, *, seed: int) -> nn.Module:
-    """Wraps the model with fresh adapters in float32 that change nothing yet."""
+def add_adapters(
+    model: nn.Module, lora: LoraConfig, *, seed: int, name: str = ADAPTER
+) -> nn.Module:
+    """Wraps the model with a fresh adapter in float32 that changes nothing yet; adds one to a wrapped model.
+
+    Only a first adapter is active then, and only an active one requires gradients.
+    """
     import peft
 
     targets = lora.target_modules
@@ -72,7 +77,12 @@ def add_adapters(model: nn.Module, lora: LoraConfig, *, seed: int) -> nn.Module:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         torch.manual_seed(seed)
         try:
-            wrapped: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+            if isinstance(model, peft.PeftModel):
+                model.add_adapter(name, config)
+                return model
+            wrapped: nn.Module = peft.get_peft_model(
+                model, config, adapter_name=name, autocast_adapter_dtype=True
+            )
         except ValueError as error:
             raise TrainingFailed(
                 f"training.lora.target_modules: {error}", "training.lora.target_modules"

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from app.domain.runplan import RunPlan
 from workers.data.batches import DOMAIN, DrawnRow, build_micro, split_micros
+from workers.evaluation.forward import token_batches
+from workers.evaluation.routing import pool, prompt_mask
 from workers.strategies.base import Decoding, Forward, Micro, TokenRow
+from workers.training.forward import evaluating
 from workers.training.loop import Run
 from workers.training.models import autocast_type
 from workers.training.ranks import Ranks
@@ -64,6 +67,9 @@ def show_the_run(plan: RunPlan, run: Run) -> None:
         drawn = [DrawnRow(source, store, row, is_task=False) for row in rows]
         return build_micro(drawn, run.stores, ctx.device)
 
+    def represent(store: str, rows: Sequence[int]) -> Tensor:
+        return _represent(run, store, rows)
+
     def add_store(name: str, rows: Sequence[TokenRow]) -> None:
         made = ListedRows(rows)
         run.stores[name] = made
@@ -90,12 +96,34 @@ def show_the_run(plan: RunPlan, run: Run) -> None:
     ctx.general_micros = lambda rows: store_micros("general", rows)
     ctx.rows_micro = rows_micro
     ctx.add_store = add_store
+    ctx.represent = represent
     ctx.forward = forward
     ctx.base_forward = run.teacher
     ctx.base_hidden = run.teacher.hidden
     ctx.release_base = run.teacher.release
     ctx.sample = sample
     ctx.cached = _Cache(plan, run.model, run.ranks, ctx.device)
+
+
+def _represent(run: Run, store: str, rows: Sequence[int]) -> Tensor:
+    """Unit-norm means (rows, D) of the starting model's last hidden states over the rows' prompts."""
+    lengths = [int(run.stores[store].lengths[row]) for row in rows]
+    nowhere = torch.zeros(0, dtype=torch.int64, device=run.ctx.device)
+    order = sorted(range(len(rows)), key=lambda place: lengths[place])
+    found: dict[int, Tensor] = {}
+    with torch.no_grad(), run.teacher.starting_model() as model, evaluating(model.model):
+        layer = model.num_layers
+        for part in token_batches(order, lengths, run.training.max_tokens_per_micro_batch):
+            ids = np.zeros((len(part), lengths[part[-1]]), np.int64)
+            mask = np.zeros(ids.shape, np.float32)
+            for k, place in enumerate(part):
+                tokens, weights = run.stores[store].row(rows[place])
+                ids[k, : len(tokens)] = tokens
+                mask[k, : len(tokens)] = prompt_mask(weights)
+            ids_BT, mask_BT = (torch.from_numpy(a).to(run.ctx.device) for a in (ids, mask))
+            _, hidden = model.with_hidden(ids_BT, nowhere, frozenset({layer}))
+            found |= dict(zip(part, pool(hidden[layer], mask_BT), strict=True))
+    return torch.stack([found[place] for place in range(len(rows))])
 
 
 def _source(store: str) -> str:

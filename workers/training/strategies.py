@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import assert_never
 
+from app.domain.configs.adapters import DomainAdaptersConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
@@ -21,6 +22,7 @@ def build_strategies(configs: Sequence[StrategyConfig]) -> tuple[Strategy, ...]:
 
 def _build_strategy(config: StrategyConfig) -> Strategy:
     from workers.strategies.methods.distillation import Distillation
+    from workers.strategies.methods.domain_adapters import DomainAdapters
     from workers.strategies.methods.ewc import Ewc
     from workers.strategies.methods.freeze import Freeze
     from workers.strategies.methods.hybrid_optimizer import HybridOptimizer
@@ -40,5 +42,7 @@ def _build_strategy(config: StrategyConfig) -> Strategy:
             return Freeze(**config.model_dump(exclude=SHARED_FIELDS))
         case HybridOptimizerConfig():
             return HybridOptimizer(**config.model_dump(exclude=SHARED_FIELDS))
+        case DomainAdaptersConfig():
+            return DomainAdapters(**config.model_dump(exclude=SHARED_FIELDS))
         case _:
             assert_never(config)
