@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from app.api.schemas.base import Identified, Schema, unix, unix_or_none
+from app.api.schemas.stages import ShownStage, ShownStudent, show_stages, show_student
 from app.db.models import Checkpoint, DecisionRow, Job, JobEvent
 from app.domain.identifiers import checkpoint_name, model_version_name, public_id
 from app.domain.policy import Policy
@@ -82,6 +83,9 @@ class JobObject(Identified):
 
     retention: ShownRetention | None
     training: dict[str, Any]
+    preset: str | None
+    stages: list[ShownStage]
+    student: ShownStudent | None
     resources: dict[str, Any]
     priority: int
     progress: ShownProgress
@@ -184,6 +188,9 @@ def show_job(shown: ShownJob) -> JobObject:
         user_provided_suffix=job.suffix,
         retention=_show_retention(job, spec),
         training=spec.training.model_dump(mode="json"),
+        preset=spec.request.preset,
+        stages=show_stages(spec),
+        student=show_student(spec),
         resources=spec.request.resources.model_dump(mode="json"),
         priority=job.priority,
         progress=progress,
