@@ -1,6 +1,5 @@
 """A tiny causal model in float64, its context, and the reference step that strategies are tested under."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workers.strategies.base import (
+    Adapters,
     Context,
     Decoding,
     Forward,
@@ -141,7 +141,9 @@ class Stage:
     cached: Any = None
     start: bool = True
     is_sorted: bool = True
+    boundary: int = 0  # steps of a first task, after which a second one begins; 0: there is one
     num_blocks: int = 0
+    task_index: int = 0  # 1: the second of two tasks, the first of which has left an adapter
 
     def __post_init__(self) -> None:
         self.model = make_model(lora=self.lora, dropout=self.dropout, num_blocks=self.num_blocks)
@@ -175,9 +177,12 @@ class Stage:
             base_hidden=self._base_hidden,
             sample=self._sample,
         )
+        self.ctx.task_index, self.ctx.num_tasks = self.task_index, self.task_index + 1
+        self.ctx.adapters = self._adapters()
         # A counterpart differs in its prompt, a row's first token.
         others = [[row[0] % (VOCABULARY - 1) + 1, *row[1:]] for row in self.training]
         self.ctx.pairs = {"training": Pairs("counterfactual", range(len(others)), "made")}
+        self.ctx.num_tasks = 2 if self.boundary else 1
         self.stores = {
             "training": self.training,
             "general": self.general,
@@ -204,6 +209,24 @@ class Stage:
                 strategy.on_task_start(self.ctx)
         self.step = 0
         self.losses: list[dict[str, float]] = []
+
+    def _adapters(self) -> Adapters:
+        """The trained parameters as the last task's adapter; full training reads by the layer's own rows."""
+        layer: Any = self.model.layer
+        own = layer.lora_A if self.lora else layer.weight
+        rng = torch.Generator().manual_seed(4)
+        rows = torch.randn(2, WIDTH, generator=rng, dtype=F64)
+        earlier = nn.Parameter(rows, requires_grad=False)
+        names = ("earlier", "own")[1 - self.task_index :]
+        readers = {"earlier": {"layer": earlier}, "own": {"layer": own}}
+        return Adapters(
+            names=names,
+            params={"earlier": frozenset(), "own": frozenset(self.params)},
+            readers={name: readers[name] for name in names},
+            share=0.005,
+            activate=lambda _: None,
+            merge=lambda *_, **__: {},
+        )
 
     def _keep_trainable(self) -> None:
         names = frozenset(self.params)
@@ -295,7 +318,9 @@ class Stage:
         base: bool = False,
     ) -> list[TokenRow]:
         """Continues the first two tokens of each row, one row and token at a time."""
-        model = self.base if base else copy.deepcopy(self.model).eval()
+        model = self.base if base else self.model
+        was_training = model.training
+        model.eval()
         made = []
         for row in rows:
             ids = list(self.stores[store][row][:2])
@@ -305,6 +330,7 @@ class Stage:
                     logits = model(torch.tensor([ids]), last)[0] / decoding.temperature
                 ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
             made.append((ids, [0.0, 0.0] + [1.0] * decoding.num_tokens))
+        model.train(was_training)
         return made
 
     def gradients(self) -> dict[str, Tensor]:
@@ -344,8 +370,22 @@ class Stage:
             for name, addend in addends.items():
                 parts[name] = parts.get(name, 0.0) + addend.item()
 
+    def enter_due_task(self) -> None:
+        """Strategies take leave of the first task and look at the second where it is due."""
+        if not self.boundary or self.step < self.boundary or self.ctx.task_index:
+            return
+        if self.step == self.boundary:
+            for strategy in self.strategies:
+                strategy.on_task_end(self.ctx)
+        self.ctx.task_index = 1
+        for strategy in self.strategies:
+            strategy.edit_param_groups(self.ctx, [])
+            if self.step == self.boundary:
+                strategy.on_task_start(self.ctx)
+
     def train(self, steps: int) -> "Stage":
         for _ in range(steps):
+            self.enter_due_task()
             self.ctx.step = self.step
             self.ctx.learning_rates = dict.fromkeys(self.params, self.learning_rate)
             for strategy in self.strategies:
