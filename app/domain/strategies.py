@@ -10,6 +10,7 @@ from app.domain.configs.adapters import DomainAdaptersConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
+from app.domain.configs.progressive import ProgressiveConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 
@@ -20,7 +21,8 @@ StrategyConfig = Annotated[
     | EwcConfig
     | L2SpConfig
     | ReplayConfig
-    | DistillationConfig,
+    | DistillationConfig
+    | ProgressiveConfig,
     Field(discriminator="type"),
 ]
 
@@ -42,6 +44,7 @@ CARDS: Mapping[str, Card] = MappingProxyType(
         "replay": Card(0.1, 0.1, 0.5, 2, needs_general_data=True),
         "distillation": Card(1.0, 1.0, None, 3, needs_general_data=True),
         "domain_adapters": Card(1.0, 1.0, 100.0, 30, needs_general_data=False),
+        "progressive": Card(1.0, 1.0, 1.0, 12, needs_general_data=True),
         "freeze": Card(0.5, 0.5, 0.9, 21, needs_general_data=False),
         "hybrid_optimizer": Card(1.0, 1.0, None, 20, needs_general_data=False),
     }
@@ -64,7 +67,9 @@ def strength_in_force(config: StrategyConfig, *, lora: bool) -> float:
 
 
 def needs_general_data(config: StrategyConfig) -> bool:
-    """Whether the strategy reads general rows (distillation on domain rows alone does not)."""
-    if isinstance(config, DistillationConfig) and config.on == ("domain",):
-        return False
+    """Whether the strategy reads general rows: by its settings, else by its kind."""
+    if isinstance(config, DistillationConfig | ReplayConfig):
+        return config.needs_general_rows
+    if isinstance(config, ProgressiveConfig):
+        return config.reads_general_rows
     return CARDS[config.type].needs_general_data

@@ -1,20 +1,52 @@
-"""How alike two sets of representations are: linear CKA (Kornblith et al. 2019, arXiv 1905.00414, eq. 4)."""
+"""How alike representations are: the distance that distillation pulls at, and linear CKA against the base."""
 
-# Shape letters: N examples, P and Q widths.
+# Shape letters: N examples, P and Q widths, S positions, D width.
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from workers.strategies.base import Context
 
 NUM_POSITIONS = 1024  # compared at most
+TINY = 1e-12
+
+
+def hidden_distance_sum(
+    student_SD: Mapping[int, Tensor],
+    teacher_SD: Mapping[int, Tensor],
+    *,
+    kind: Literal["mse", "cosine"] = "mse",
+) -> Tensor:
+    """Sum over positions of the mean over layers of how far hidden states are from the teacher's.
+
+    `mse` is |h_s - h_t|^2 / |h_t|^2 of each position, `cosine` 1 - cos(h_s, h_t); in float32 or wider. The
+    norm is each position's own, so that the sum does not depend on how a step is split.
+
+    Args:
+        student_SD: By layer; the layers that count.
+        teacher_SD: By layer, at the same positions; no gradient flows into them.
+        kind: Which.
+    """
+    parts = []
+    for layer, states in student_SD.items():
+        own = states.to(torch.promote_types(states.dtype, torch.float32))
+        other = teacher_SD[layer].detach().to(own.dtype)
+        if kind == "cosine":
+            parts.append((1.0 - F.cosine_similarity(own, other, dim=-1)).sum())
+        else:
+            parts.append(((own - other).square().sum(-1) / (other.square().sum(-1) + TINY)).sum())
+    return torch.stack(parts).sum() / len(parts)
 
 
 def linear_cka(left_NP: Tensor, right_NQ: Tensor) -> float:
     """|Yc' Xc|_F^2 / (|Xc' Xc|_F |Yc' Yc|_F) of the centred representations, in float64; 0 to 1.
+
+    Kornblith et al. 2019 (arXiv 1905.00414, eq. 4 with linear kernels).
 
     It is 1 where one set is a rotation, shift or scaling of the other. By the smaller of the Gram matrices:
     over examples or over features, which give the same number. NaN where a set is constant.

@@ -3,25 +3,31 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from app.domain.configs.adapters import DomainAdaptersConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
+from app.domain.configs.progressive import ProgressiveConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
 from workers.strategies.base import Strategy
 from workers.strategies.methods.distillation import Distillation
+from workers.strategies.methods.domain_adapters import DomainAdapters
 from workers.strategies.methods.ewc import Ewc
 from workers.strategies.methods.freeze import Freeze
 from workers.strategies.methods.hybrid_optimizer import HybridOptimizer
 from workers.strategies.methods.l2sp import L2Sp
+from workers.strategies.methods.progressive import Progressive
 from workers.strategies.methods.replay import Replay
 
 CLASSES: dict[str, Callable[..., Strategy]] = {
+    "domain_adapters": DomainAdapters,
     "freeze": Freeze,
     "hybrid_optimizer": HybridOptimizer,
     "ewc": Ewc,
     "l2sp": L2Sp,
+    "progressive": Progressive,
     "replay": Replay,
     "distillation": Distillation,
 }
@@ -40,6 +46,7 @@ class Case(NamedTuple):
     effect_metric: str
     only_loss: bool
     num_blocks: int = 0
+    task_index: int = 0  # 1 where a strategy acts on what an earlier task left
 
     @property
     def kind(self) -> str:
@@ -76,6 +83,42 @@ CASES = (
     Case(
         "replay", ReplayConfig(strength=0.25, store_fraction=0.25, min_store_rows=4), "rows", False
     ),
+    Case(
+        "progressive-cone",
+        ProgressiveConfig(
+            mode="cone", strength=0.95, warmup_ref_steps=1, curriculum="none", mix_start=None
+        ),
+        "applied_norm",
+        False,
+    ),
+    Case(
+        "progressive-cone-global",
+        ProgressiveConfig(
+            mode="cone", reference="general", scope="global", ref_refresh=2, ref_rows=8
+        ),
+        "applied_norm",
+        False,
+    ),
+    Case(
+        "progressive-gpm",
+        ProgressiveConfig(
+            mode="gpm", strength=1.0, gpm_threshold=0.8, gpm_rows=16, curriculum="length"
+        ),
+        "applied_norm",
+        False,
+    ),
+    Case(
+        "progressive-none",
+        ProgressiveConfig(mode="none", strength=1.0, curriculum="nll"),
+        "held_back",
+        False,
+    ),
+    Case(
+        "progressive-a-gem",
+        ProgressiveConfig(strength=1.0, ref_refresh=1, ref_rows=8, mix_start=None),
+        "held_back",
+        False,
+    ),
     Case("distillation", DistillationConfig(strength=1.0), "applied_norm", True),
     Case(
         "distillation-jsd",
@@ -84,6 +127,49 @@ CASES = (
         ),
         "applied_norm",
         True,
+    ),
+    Case(
+        "distillation-hidden",
+        DistillationConfig(strength=1.0, on=("general",), hidden_coef=0.5, hidden_layers=(0, 1)),
+        "hidden",
+        True,
+    ),
+    Case(
+        "distillation-cached",
+        DistillationConfig(strength=1.0, teacher="cached", top_k=4, temperature=2.0),
+        "applied_norm",
+        True,
+    ),
+    Case(
+        "distillation-generated",
+        DistillationConfig(
+            strength=1.0,
+            on=("generated",),
+            every=2,
+            generated_rows=6,
+            generated_tokens=3,
+            generate_every=4,
+        ),
+        "applied_norm",
+        True,
+    ),
+    Case(
+        "replay-der",
+        ReplayConfig(strength=0.5, der_alpha=0.5, der_beta=0.5, top_k=3, min_store_rows=4),
+        "der_nats",
+        False,
+    ),
+    Case(
+        "replay-fixed",
+        ReplayConfig(strength=0.5, weighting="fixed", der_beta=0.7, min_store_rows=4),
+        "rows",
+        False,
+    ),
+    Case(
+        "replay-generated",
+        ReplayConfig(strength=0.5, source="generated", generated_rows=5, generated_tokens=4),
+        "rows",
+        False,
     ),
     Case(
         "distillation-reverse",
@@ -111,5 +197,19 @@ CASES = (
         False,
     ),
     Case("freeze", FreezeConfig(strength=0.7), "frozen_parameters", False, num_blocks=3),
+    Case(
+        "domain_adapters",
+        DomainAdaptersConfig(strength=3.0),
+        "applied_norm",
+        False,
+        task_index=1,
+    ),
+    Case(
+        "domain_adapters-hard",
+        DomainAdaptersConfig(strength=1.0, orthogonality="hard"),
+        "applied_norm",
+        False,
+        task_index=1,
+    ),
 )
 CASE_IDS = tuple(case.name for case in CASES)
