@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from app.domain.configs.adapters import DomainAdaptersConfig
+from app.domain.configs.causal import CausalConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
@@ -12,6 +13,7 @@ from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
 from workers.strategies.base import Strategy
+from workers.strategies.methods.causal import Causal
 from workers.strategies.methods.distillation import Distillation
 from workers.strategies.methods.domain_adapters import DomainAdapters
 from workers.strategies.methods.ewc import Ewc
@@ -23,6 +25,7 @@ from workers.strategies.methods.replay import Replay
 
 CLASSES: dict[str, Callable[..., Strategy]] = {
     "domain_adapters": DomainAdapters,
+    "causal": Causal,
     "freeze": Freeze,
     "hybrid_optimizer": HybridOptimizer,
     "ewc": Ewc,
@@ -63,6 +66,30 @@ class Case(NamedTuple):
 
 
 CASES = (
+    Case(
+        "causal-consistency",
+        CausalConfig(strength=1.0, consistency_coef=1.0, cf_fraction=0.6, vrex_beta=0.0),
+        "applied_norm",
+        True,
+    ),
+    Case(
+        "causal-answers",
+        CausalConfig(
+            strength=1.0,
+            consistency_coef=1.0,
+            consistency="answer_kl",
+            cf_fraction=0.6,
+            vrex_beta=0.0,
+        ),
+        "applied_norm",
+        True,
+    ),
+    Case(
+        "causal-risks",
+        CausalConfig(strength=5.0, consistency_coef=0.2, irm_lambda=2.0, min_rows_per_env=2),
+        "applied_norm",
+        True,
+    ),
     Case("ewc-implicit", EwcConfig(strength=100.0, fisher_samples=16), "applied_norm", False),
     Case(
         "ewc-gradient",

@@ -18,7 +18,9 @@ both_kinds = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"]
 def stage_of(*cases, strength=None, **overrides):
     coefs = {c.kind: c.strength if strength is None else strength for c in cases}
     num_blocks = max(c.num_blocks for c in cases)
-    return Stage([c.make() for c in cases], coefs, num_blocks=num_blocks, **overrides)
+    task_index = cases[0].task_index if len(cases) == 1 else 0
+    values = {"num_blocks": num_blocks, "task_index": task_index, **overrides}
+    return Stage([c.make() for c in cases], coefs, **values)
 
 
 def plain_weights(lora, num_blocks):
