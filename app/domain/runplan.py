@@ -109,6 +109,8 @@ class ExportPlan(Frozen):
     base: BasePlan
     checkpoint_directory: str
     training: ResolvedTraining
+    strategies: tuple[StrategyConfig, ...] = ()  # of the job that trained it
+    stage_names: tuple[str, ...] = ()  # of that job; empty without stages
     alpha: float = Field(ge=0, le=1)
     benchmarks: tuple[BenchmarkPlan, ...] = ()
     threads: int = 1

@@ -185,6 +185,8 @@ def build_export_plan(session: Session, job: Job, settings: Settings, scratch: S
         base=base,
         checkpoint_directory=str(scratch.checkpoint(checkpoint)),
         training=source_spec.training,
+        strategies=source_spec.strategies,
+        stage_names=tuple(stage.name for stage in source_spec.stages),
         alpha=spec.alpha,
         benchmarks=_benchmarks(session, source, source_spec, base, scratch, inputs),
         threads=choose_threads(session, job, settings),

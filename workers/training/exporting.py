@@ -1,5 +1,6 @@
 """An export job: one point of the line from base to tuned, measured and written as an artifact."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from app.domain.policy import Policy
 from app.domain.runplan import ExportPlan, RunPlan
 from app.errors import TrainingFailed
 from workers.export.artifact import save_artifact
+from workers.strategies.base import Context
+from workers.training.adapters import adapt, adapter_names, find_config, show_adapters
 from workers.training.blend import line_from_base
 from workers.training.checkpoints import load_weights
 from workers.training.conversation import Conversation
 from workers.training.forward import SelectedLogits
-from workers.training.models import add_adapters, autocast_type, load_base, load_tokenizer
+from workers.training.models import autocast_type, load_base, load_tokenizer
 from workers.training.opening import chat_template, make_score
 from workers.training.ranks import Ranks
+from workers.training.strategies import build_strategies
 from workers.training.suite import Suite, most_gate_items
 
 
@@ -30,8 +34,7 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
     """
     model = load_base(plan.base, device, torch.float32)
     is_lora = plan.training.type == "lora"
-    if is_lora:
-        model = add_adapters(model, plan.training.lora, seed=plan.training.seed)
+    model = adapt(model, plan.training, plan.strategies, plan.stage_names)
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = load_weights(Path(plan.checkpoint_directory), device)
     if saved.keys() != params.keys() or any(saved[n].shape != p.shape for n, p in params.items()):
@@ -39,6 +42,7 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
     with torch.no_grad():
         for name, parameter in params.items():
             parameter.copy_(saved[name])
+    _settle_adapters(plan, model, device)
     line_from_base(model, params, plan.base, is_lora=is_lora).set(plan.alpha)
     tokenizer = load_tokenizer(plan.base)
     student = SelectedLogits(model.eval(), autocast=autocast_type(plan.training, device))
@@ -61,6 +65,31 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
             report=report,
         )
     )
+
+
+def _settle_adapters(plan: ExportPlan, model: nn.Module, device: torch.device) -> None:
+    """Lets those adapters act, or merges them, that did when the checkpoint was published."""
+    config = find_config(plan.strategies)
+    if config is None:
+        return
+    state = json.loads((Path(plan.checkpoint_directory) / "state.json").read_text())
+    names = adapter_names(plan.stage_names)
+    ctx = Context(
+        model=model,
+        params={},
+        lora_pairs=(),
+        coefs={config.type: 0.0},
+        run_seed=plan.training.seed,
+        device=device,
+        batch_size=plan.training.batch_size,
+        num_training_rows=0,
+        num_general_rows=0,
+        num_tasks=len(names),
+        task_index=state["task_index"],
+        adapters=show_adapters(model, names, plan.training.lora),
+    )
+    (strategy,) = build_strategies([config])
+    strategy.on_publish(ctx)
 
 
 def write_artifact(
