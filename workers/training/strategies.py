@@ -7,6 +7,7 @@ from app.domain.configs.adapters import DomainAdaptersConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
+from app.domain.configs.progressive import ProgressiveConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
@@ -27,6 +28,7 @@ def _build_strategy(config: StrategyConfig) -> Strategy:
     from workers.strategies.methods.freeze import Freeze
     from workers.strategies.methods.hybrid_optimizer import HybridOptimizer
     from workers.strategies.methods.l2sp import L2Sp
+    from workers.strategies.methods.progressive import Progressive
     from workers.strategies.methods.replay import Replay
 
     match config:
@@ -44,5 +46,7 @@ def _build_strategy(config: StrategyConfig) -> Strategy:
             return HybridOptimizer(**config.model_dump(exclude=SHARED_FIELDS))
         case DomainAdaptersConfig():
             return DomainAdapters(**config.model_dump(exclude=SHARED_FIELDS))
+        case ProgressiveConfig():
+            return Progressive(**config.model_dump(exclude=SHARED_FIELDS))
         case _:
             assert_never(config)

@@ -8,6 +8,7 @@ from app.domain.configs.causal import CausalConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
+from app.domain.configs.memory import MemoryConfig
 from app.domain.configs.progressive import ProgressiveConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
@@ -20,6 +21,7 @@ from workers.strategies.methods.ewc import Ewc
 from workers.strategies.methods.freeze import Freeze
 from workers.strategies.methods.hybrid_optimizer import HybridOptimizer
 from workers.strategies.methods.l2sp import L2Sp
+from workers.strategies.methods.memory import Memory
 from workers.strategies.methods.progressive import Progressive
 from workers.strategies.methods.replay import Replay
 
@@ -31,6 +33,7 @@ CLASSES: dict[str, Callable[..., Strategy]] = {
     "ewc": Ewc,
     "l2sp": L2Sp,
     "progressive": Progressive,
+    "memory": Memory,
     "replay": Replay,
     "distillation": Distillation,
 }
@@ -113,7 +116,7 @@ CASES = (
     Case(
         "progressive-cone",
         ProgressiveConfig(
-            mode="cone", strength=0.95, warmup_ref_steps=1, curriculum="none", mix_start=None
+            mode="cone", strength=0.999, warmup_ref_steps=1, curriculum="none", mix_start=None
         ),
         "applied_norm",
         False,
@@ -221,6 +224,13 @@ CASES = (
             importance="gradient_ema",
         ),
         "applied_norm",
+        False,
+    ),
+    Case("memory", MemoryConfig(strength=0.25, dim=11, capacity=12), "rows", False),
+    Case(
+        "memory-herding",
+        MemoryConfig(strength=0.5, dim=11, capacity=8, policy="herding", nll_quantile=0.2),
+        "rows",
         False,
     ),
     Case("freeze", FreezeConfig(strength=0.7), "frozen_parameters", False, num_blocks=3),
