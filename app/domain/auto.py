@@ -3,6 +3,7 @@
 from typing import Final, NamedTuple
 
 from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.hybrid import HybridOptimizerConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
@@ -12,6 +13,8 @@ TRAINED_BYTES: Final = 16
 #: And those that ewc adds: Fisher information and anchor.
 EWC_BYTES: Final = 8
 GB: Final = 1e9
+#: Of the roadmap: the learning rate of a layer as a share of that of the layer above.
+LAYER_DECAY: Final = 0.9
 
 
 class Job(NamedTuple):
@@ -22,6 +25,7 @@ class Job(NamedTuple):
     no_rows_kept: bool  # no strategy may keep rows of the domain
     num_parameters: int | None
     memory_gb: float | None  # of a device
+    is_roadmap: bool = False
 
 
 class Choice(NamedTuple):
@@ -36,8 +40,15 @@ def choose_strategies(job: Job) -> Choice:
 
     With general data: replay and distillation on the replayed rows for adapters (card 8's default), implicit
     ewc and replay for full fine-tuning, without ewc where the device can't hold its two copies. Without:
-    l2sp, which needs no data at all.
+    l2sp, which needs no data at all. The roadmap adds learning rates that fall from layer to layer.
     """
+    if job.is_roadmap:
+        chosen = choose_strategies(job._replace(is_roadmap=False))
+        layered = HybridOptimizerConfig(layer_decay=LAYER_DECAY)
+        return Choice(
+            (*chosen.strategies, layered),
+            f"{chosen.why} The roadmap moves each layer {LAYER_DECAY:g} times as far as the one above it.",
+        )
     if not job.has_general_data:
         kept = " and keeps no rows" if job.no_rows_kept else ""
         return Choice(

@@ -124,6 +124,7 @@ def resolve_strategies(
     has_general_data: bool,
     num_parameters: int | None,
     memory_gb: float | None = None,
+    is_roadmap: bool = False,
 ) -> ResolvedStrategies:
     """The strategies of a job: those it names, checked, or those that `auto` picks.
 
@@ -142,6 +143,7 @@ def resolve_strategies(
             no_rows_kept=retention.privacy == "no_rows_kept",
             num_parameters=num_parameters,
             memory_gb=memory_gb,
+            is_roadmap=is_roadmap,
         )
     )
     is_extrapolated = num_parameters is None or num_parameters > MEASURED_PARAMETERS

@@ -15,6 +15,7 @@ from app.db.repositories.history import HistoryRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.domain.benchmarks import DEFAULT_GATE_ITEMS
 from app.domain.configs.base import CAUSAL_LM
+from app.domain.conflicts import Surroundings, check_conflicts
 from app.domain.identifiers import parse_id
 from app.domain.policy import Policy, WatchedBenchmark
 from app.domain.power import PlannedBenchmark, Power, power
@@ -229,6 +230,7 @@ def _resolve(
         has_general_data=files.general is not None,
         num_parameters=base.details.get("num_parameters"),
         memory_gb=body.resources.memory_gb,
+        is_roadmap=body.preset == "roadmap",
     )
     check_named_models(session, project.id, chosen.strategies)
     rows = {text: _num_rows(file) for text, file in files.stages.items()}
@@ -237,6 +239,17 @@ def _resolve(
         training,
         chosen.strategies,
         {body.training_file: _num_rows(files.training)} | rows,
+    )
+    check_conflicts(
+        chosen.strategies,
+        Surroundings(
+            lora=training.type == "lora",
+            late_adapter=staged.training.late_adapter,
+            no_rows_kept=body.retention is not None and body.retention.privacy == "no_rows_kept",
+            num_parameters=base.details.get("num_parameters"),
+            weight_decay=training.weight_decay,
+            stage_names=tuple(stage.name for stage in staged.stages),
+        ),
     )
     policy: Policy | None = None
     watched: tuple[Watched, ...] = ()

@@ -34,6 +34,11 @@ class StrategyBase(Frozen):
         """
         return ()
 
+    @property
+    def keeps_domain_rows(self) -> bool:
+        """Whether rows of a finished domain are kept for later ones, or published with the model."""
+        return False
+
     @model_validator(mode="after")
     def _armed_has_no_strength(self) -> "StrategyBase":
         if self.armed and self.strength:

@@ -26,6 +26,11 @@ class MemoryConfig(StrategyBase):
 
     model_kinds: ClassVar[Mapping[str, ModelKind]] = MappingProxyType({"encoder": "encoder"})
 
+    @property
+    def keeps_domain_rows(self) -> bool:
+        """Entries are rows of finished domains, too."""
+        return True
+
     def named_models(self) -> tuple[tuple[str, str], ...]:
         """The encoder, where it is not the base model itself."""
         return () if self.encoder is None else (("encoder", self.encoder),)
