@@ -7,6 +7,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from app.domain.configs.adapters import DomainAdaptersConfig
+from app.domain.configs.causal import CausalConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
@@ -16,6 +17,7 @@ from app.domain.configs.replay import ReplayConfig
 
 StrategyConfig = Annotated[
     DomainAdaptersConfig
+    | CausalConfig
     | FreezeConfig
     | HybridOptimizerConfig
     | EwcConfig
@@ -45,6 +47,7 @@ CARDS: Mapping[str, Card] = MappingProxyType(
         "distillation": Card(1.0, 1.0, None, 3, needs_general_data=True),
         "domain_adapters": Card(1.0, 1.0, 100.0, 30, needs_general_data=False),
         "progressive": Card(1.0, 1.0, 1.0, 12, needs_general_data=True),
+        "causal": Card(1.0, 1.0, 100.0, 40, needs_general_data=False),
         "freeze": Card(0.5, 0.5, 0.9, 21, needs_general_data=False),
         "hybrid_optimizer": Card(1.0, 1.0, None, 20, needs_general_data=False),
     }

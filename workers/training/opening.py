@@ -17,6 +17,7 @@ from workers.training.build import build_run
 from workers.training.conversation import Conversation
 from workers.training.forward import SelectedLogits, evaluating
 from workers.training.models import load_tokenizer
+from workers.training.pairs import add_pairs
 from workers.training.ranks import Ranks
 from workers.training.session import Session
 from workers.training.suite import Indices, Measured, Score, Suite, most_gate_items
@@ -46,6 +47,7 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
     validation = stores.pop("validation", None)
     run = build_run(plan, stores, ranks, device)
     run.ctx.note = lambda code, text, data: talk.note("info", code, text, **data)
+    add_pairs(plan, run, tokenizer, talk)
     policy = plan.policy or Policy()
     budget = plan.training.max_tokens_per_micro_batch
 

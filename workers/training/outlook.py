@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from app.domain.runplan import RunPlan
 from workers.data.batches import DOMAIN, DrawnRow, build_micro, split_micros
+from workers.data.tokens import TokenStore
 from workers.evaluation.forward import token_batches
 from workers.evaluation.routing import pool, prompt_mask
 from workers.strategies.base import Decoding, Forward, Micro, TokenRow
@@ -92,6 +93,11 @@ def show_the_run(plan: RunPlan, run: Run) -> None:
 
     ctx.all_reduce = run.ranks.all_reduce
     ctx.store_sizes = {name: len(store.lengths) for name, store in run.stores.items()}
+    ctx.environments = {
+        name: store.environments
+        for name, store in run.stores.items()
+        if isinstance(store, TokenStore) and store.environments
+    }
     ctx.store_micros = store_micros
     ctx.general_micros = lambda rows: store_micros("general", rows)
     ctx.rows_micro = rows_micro

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from app.domain.configs.adapters import DomainAdaptersConfig
+from app.domain.configs.causal import CausalConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
@@ -22,6 +23,7 @@ def build_strategies(configs: Sequence[StrategyConfig]) -> tuple[Strategy, ...]:
 
 
 def _build_strategy(config: StrategyConfig) -> Strategy:
+    from workers.strategies.methods.causal import Causal
     from workers.strategies.methods.distillation import Distillation
     from workers.strategies.methods.domain_adapters import DomainAdapters
     from workers.strategies.methods.ewc import Ewc
@@ -40,6 +42,8 @@ def _build_strategy(config: StrategyConfig) -> Strategy:
             return Replay(**config.model_dump(exclude=SHARED_FIELDS))
         case DistillationConfig():
             return Distillation(**config.model_dump(exclude=SHARED_FIELDS))
+        case CausalConfig():
+            return Causal(**config.model_dump(exclude=SHARED_FIELDS))
         case FreezeConfig():
             return Freeze(**config.model_dump(exclude=SHARED_FIELDS))
         case HybridOptimizerConfig():
