@@ -33,7 +33,12 @@ def store_file(
     local = directory / uuid4().hex
     local.write_text(text)
     stored = storage.put_file(local, f"files/{uuid4().hex}")
-    fields = {"path": stored.path, "sha256": stored.sha256, "size_bytes": stored.size_bytes}
+    fields = {
+        "path": stored.path,
+        "sha256": stored.sha256,
+        "size_bytes": stored.size_bytes,
+        "report": {"format": "chat", "num_rows": len(text.splitlines())},
+    }
     return make_file(session, project, **fields | overrides)
 
 

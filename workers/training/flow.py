@@ -74,6 +74,17 @@ def begin(session: Session) -> None:
     run.teacher.check()
     session.has_started = True
     save(session, is_evaluated=False)
+    base = session.plan.base
+    if session.plan.stages:
+        session.talk.note(
+            "info",
+            "base_snapshot",
+            f"The stages start from {base.name} as it is (sha256 {base.sha256[:12]}...), which stays the"
+            " teacher, the anchor and the last target of a rollback.",
+            base=base.name,
+            sha256=base.sha256,
+            stages=[stage.name for stage in session.plan.stages],
+        )
 
 
 def resume(session: Session) -> DecisionReply | None:
