@@ -11,8 +11,10 @@ from app.domain.configs.causal import CausalConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
+from app.domain.configs.memory import MemoryConfig
+from app.domain.configs.meta import MamlProxConfig, ReptileConfig
 from app.domain.configs.progressive import ProgressiveConfig
-from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig, MasConfig, SiConfig
 from app.domain.configs.replay import ReplayConfig
 
 StrategyConfig = Annotated[
@@ -21,8 +23,13 @@ StrategyConfig = Annotated[
     | FreezeConfig
     | HybridOptimizerConfig
     | EwcConfig
+    | MasConfig
+    | SiConfig
+    | MamlProxConfig
+    | ReptileConfig
     | L2SpConfig
     | ReplayConfig
+    | MemoryConfig
     | DistillationConfig
     | ProgressiveConfig,
     Field(discriminator="type"),
@@ -42,12 +49,18 @@ class Card(NamedTuple):
 CARDS: Mapping[str, Card] = MappingProxyType(
     {
         "ewc": Card(100.0, 0.1, None, 0, needs_general_data=True),
-        "l2sp": Card(0.3, 0.1, None, 1, needs_general_data=False),
-        "replay": Card(0.1, 0.1, 0.5, 2, needs_general_data=True),
-        "distillation": Card(1.0, 1.0, None, 3, needs_general_data=True),
+        "mas": Card(100.0, 0.1, None, 1, needs_general_data=True),
+        "si": Card(100.0, 100.0, None, 2, needs_general_data=False),
+        "l2sp": Card(0.3, 0.1, None, 3, needs_general_data=False),
+        "replay": Card(0.1, 0.1, 0.5, 4, needs_general_data=True),
+        "distillation": Card(1.0, 1.0, None, 5, needs_general_data=True),
+        # The cap is the default: no lever, as more of it does not hold more.
+        "maml_prox": Card(0.1, 0.1, 0.1, 40, needs_general_data=False),
+        "reptile": Card(1.0, 1.0, 1.0, 41, needs_general_data=False),
         "domain_adapters": Card(1.0, 1.0, 100.0, 30, needs_general_data=False),
         "progressive": Card(1.0, 1.0, 1.0, 12, needs_general_data=True),
         "causal": Card(1.0, 1.0, 100.0, 40, needs_general_data=False),
+        "memory": Card(0.1, 0.1, 0.5, 10, needs_general_data=False),
         "freeze": Card(0.5, 0.5, 0.9, 21, needs_general_data=False),
         "hybrid_optimizer": Card(1.0, 1.0, None, 20, needs_general_data=False),
     }

@@ -155,7 +155,7 @@ def _build(
 ) -> TokenStore:
     """Renders and encodes a file, a chunk of rows at a time."""
     encoder = Encoder(tokenizer, param=param)
-    texts = _benchmark_texts(benchmarks)
+    texts = benchmark_texts(benchmarks)
     truncated: list[int] = []
     empty: list[int] = []
     overlapping: list[int] = []
@@ -205,7 +205,22 @@ def read_chunks(path: Path, param: str) -> Iterator[list[tuple[int, Row]]]:
             yield chunk
 
 
-def _benchmark_texts(benchmarks: Sequence[BenchmarkPlan]) -> list[str]:
+def overlapping_lines(
+    rows: RowsPlan, benchmarks: Sequence[BenchmarkPlan], *, param: str = TRAINING_FILE
+) -> frozenset[int]:
+    """Lines of a file, from 1, whose rows share text with an item of a benchmark."""
+    texts = benchmark_texts(benchmarks)
+    if not texts:
+        return frozenset()
+    lines: list[tuple[int, Row]] = []
+    for chunk in read_chunks(Path(rows.path), param):
+        lines += chunk
+    kept, _ = drop_overlapping((row_texts(row) for _, row in lines), texts)
+    return frozenset(line for line, _ in lines) - {lines[position][0] for position in kept}
+
+
+def benchmark_texts(benchmarks: Sequence[BenchmarkPlan]) -> list[str]:
+    """What no general row may repeat: the texts of all their items."""
     texts: list[str] = []
     for benchmark in benchmarks:
         with Path(benchmark.path).open("rb") as file:

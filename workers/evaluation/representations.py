@@ -2,6 +2,7 @@
 
 # Shape letters: B rows, T tokens, W an encoder's own width, D the width asked for.
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -27,18 +28,16 @@ class BaseEncoder:
 
     Args:
         states: The base model's forward, without gradient.
-        width: Of its hidden states.
-        dim: Of the representations; where it differs from `width`, by a fixed projection.
+        dim: Of the representations; where the model's width differs, by a fixed projection.
         special_ids: Tokens that carry no content; a row of nothing else counts in full.
         base_sha256: Of the model's files.
     """
 
     def __init__(
-        self, states: States, *, width: int, dim: int, special_ids: Sequence[int], base_sha256: str
+        self, states: States, *, dim: int, special_ids: Sequence[int], base_sha256: str
     ) -> None:
         self._states = states
         self._special = torch.tensor(sorted(set(special_ids)), dtype=torch.int64)
-        self._projection_WD = None if dim == width else projection(width, dim)
         self.dim = dim
         self.sha256 = base_encoder_sha256(base_sha256, dim)
 
@@ -60,7 +59,7 @@ class BaseEncoder:
             is_empty_B = ~is_content_BT.any(dim=1)
             is_content_BT[is_empty_B] = is_token_BT[is_empty_B]
             means_BW = _mean(self._states(ids_BT).float().cpu(), is_content_BT)
-            keys_BD[batch] = _project(means_BW, self._projection_WD)
+            keys_BD[batch] = _project(means_BW, self.dim)
         return keys_BD
 
 
@@ -92,7 +91,6 @@ class DualEncoder:
         self._max_length = int(
             min(getattr(text, "max_position_embeddings", 512), tokenizer.model_max_length)
         )
-        self._projections: dict[int, Tensor] = {}
         self.dim = dim
         self.sha256 = hashlib.sha256(f"{sha256}/{dim}".encode()).hexdigest()
 
@@ -160,12 +158,10 @@ class DualEncoder:
         out: Any,  # noqa: ANN401 - transformers has no types
     ) -> Tensor:
         pooled_BW = (out if isinstance(out, Tensor) else out.pooler_output).float().cpu()
-        width = pooled_BW.shape[1]
-        if width != self.dim and width not in self._projections:
-            self._projections[width] = projection(width, self.dim)
-        return _project(pooled_BW, self._projections.get(width))
+        return _project(pooled_BW, self.dim)
 
 
+@functools.cache
 def projection(width: int, dim: int) -> Tensor:
     """A fixed (width, dim) map with orthonormal rows (up) or columns (down), the same on every machine.
 
@@ -211,6 +207,7 @@ def _mean(states_BTW: Tensor, is_content_BT: Tensor) -> Tensor:
     return (states_BTW * weights_BT1).sum(1) / weights_BT1.sum(1).clamp_min(1.0)
 
 
-def _project(keys_BW: Tensor, projection_WD: Tensor | None) -> Tensor:
-    keys_BD = keys_BW if projection_WD is None else keys_BW @ projection_WD
+def _project(keys_BW: Tensor, dim: int) -> Tensor:
+    width = keys_BW.shape[1]
+    keys_BD = keys_BW if width == dim else keys_BW @ projection(width, dim)
     return keys_BD / keys_BD.norm(dim=1, keepdim=True).clamp_min(1e-12)

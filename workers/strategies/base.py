@@ -368,6 +368,12 @@ class Context:
     sample: "Callable[..., list[TokenRow]] | None" = None
     #: Unit-norm representations (rows, dim) of a store's rows by the job's encoder.
     embed: Callable[[str, Sequence[int]], Tensor] | None = None
+    #: Hash of what makes them: keys of different hashes can't be compared.
+    encoder: Callable[[], str] = lambda: ""
+    #: The rows' texts, without special tokens.
+    texts: Callable[[str, Sequence[int]], list[str]] | None = None
+    #: Which of a store's rows share text with an item of a watched benchmark.
+    overlaps: Callable[[str, Sequence[int]], Sequence[bool]] = lambda _, rows: [False] * len(rows)
     #: Student forward with gradient at a micro-batch's selected positions, with the hidden states asked for.
     forward: Callable[..., Forward] | None = None
     #: Logits of the starting model at the positions of the masked rows, without gradient.

@@ -19,6 +19,7 @@ from workers.data.tokens import TokenStore
 from workers.evaluation.forward import token_batches
 from workers.evaluation.routing import pool, prompt_mask
 from workers.strategies.base import Decoding, Forward, Micro, TokenRow
+from workers.training.embedding import show_embeddings
 from workers.training.forward import evaluating
 from workers.training.loop import Run
 from workers.training.models import autocast_type
@@ -108,6 +109,7 @@ def show_the_run(plan: RunPlan, run: Run) -> None:
     ctx.base_hidden = run.teacher.hidden
     ctx.release_base = run.teacher.release
     ctx.sample = sample
+    show_embeddings(plan, run)
     ctx.cached = _Cache(plan, run.model, run.ranks, ctx.device)
 
 

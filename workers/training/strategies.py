@@ -8,8 +8,10 @@ from app.domain.configs.causal import CausalConfig
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
+from app.domain.configs.memory import MemoryConfig
+from app.domain.configs.meta import MamlProxConfig, ReptileConfig
 from app.domain.configs.progressive import ProgressiveConfig
-from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig, MasConfig, SiConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
 from workers.strategies.base import Strategy
@@ -22,7 +24,7 @@ def build_strategies(configs: Sequence[StrategyConfig]) -> tuple[Strategy, ...]:
     return tuple(sorted((_build_strategy(config) for config in configs), key=lambda s: s.kind))
 
 
-def _build_strategy(config: StrategyConfig) -> Strategy:
+def _build_strategy(config: StrategyConfig) -> Strategy:  # noqa: C901, PLR0912 - one branch a strategy
     from workers.strategies.methods.causal import Causal
     from workers.strategies.methods.distillation import Distillation
     from workers.strategies.methods.domain_adapters import DomainAdapters
@@ -30,16 +32,31 @@ def _build_strategy(config: StrategyConfig) -> Strategy:
     from workers.strategies.methods.freeze import Freeze
     from workers.strategies.methods.hybrid_optimizer import HybridOptimizer
     from workers.strategies.methods.l2sp import L2Sp
+    from workers.strategies.methods.maml_prox import MamlProx
+    from workers.strategies.methods.mas import Mas
+    from workers.strategies.methods.memory import Memory
     from workers.strategies.methods.progressive import Progressive
     from workers.strategies.methods.replay import Replay
+    from workers.strategies.methods.reptile import Reptile
+    from workers.strategies.methods.si import Si
 
     match config:
         case EwcConfig():
             return Ewc(**config.model_dump(exclude=SHARED_FIELDS))
         case L2SpConfig():
             return L2Sp(**config.model_dump(exclude=SHARED_FIELDS))
+        case MasConfig():
+            return Mas(**config.model_dump(exclude=SHARED_FIELDS))
+        case SiConfig():
+            return Si(**config.model_dump(exclude=SHARED_FIELDS))
+        case MamlProxConfig():
+            return MamlProx(**config.model_dump(exclude=SHARED_FIELDS))
+        case ReptileConfig():
+            return Reptile(**config.model_dump(exclude=SHARED_FIELDS))
         case ReplayConfig():
             return Replay(**config.model_dump(exclude=SHARED_FIELDS))
+        case MemoryConfig():
+            return Memory(**config.model_dump(exclude=SHARED_FIELDS))
         case DistillationConfig():
             return Distillation(**config.model_dump(exclude=SHARED_FIELDS))
         case CausalConfig():

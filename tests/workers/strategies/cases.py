@@ -10,7 +10,8 @@ from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
 from app.domain.configs.memory import MemoryConfig
 from app.domain.configs.progressive import ProgressiveConfig
-from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.configs.meta import MamlProxConfig, ReptileConfig
+from app.domain.configs.quadratic import EwcConfig, L2SpConfig, MasConfig, SiConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
 from workers.strategies.base import Strategy
@@ -21,9 +22,13 @@ from workers.strategies.methods.ewc import Ewc
 from workers.strategies.methods.freeze import Freeze
 from workers.strategies.methods.hybrid_optimizer import HybridOptimizer
 from workers.strategies.methods.l2sp import L2Sp
+from workers.strategies.methods.maml_prox import MamlProx
+from workers.strategies.methods.mas import Mas
 from workers.strategies.methods.memory import Memory
 from workers.strategies.methods.progressive import Progressive
 from workers.strategies.methods.replay import Replay
+from workers.strategies.methods.reptile import Reptile
+from workers.strategies.methods.si import Si
 
 CLASSES: dict[str, Callable[..., Strategy]] = {
     "domain_adapters": DomainAdapters,
@@ -32,6 +37,10 @@ CLASSES: dict[str, Callable[..., Strategy]] = {
     "hybrid_optimizer": HybridOptimizer,
     "ewc": Ewc,
     "l2sp": L2Sp,
+    "maml_prox": MamlProx,
+    "mas": Mas,
+    "reptile": Reptile,
+    "si": Si,
     "progressive": Progressive,
     "memory": Memory,
     "replay": Replay,
@@ -53,6 +62,8 @@ class Case(NamedTuple):
     only_loss: bool
     num_blocks: int = 0
     task_index: int = 0  # 1 where a strategy acts on what an earlier task left
+    boundary: int = 0  # steps of a first task, for a strategy that acts once a task has ended
+    no_adapters: str = ""  # why it refuses a run that trains adapters
 
     @property
     def kind(self) -> str:
@@ -233,6 +244,45 @@ CASES = (
         "rows",
         False,
     ),
+    Case("mas-implicit", MasConfig(strength=100.0, importance_samples=16), "applied_norm", False),
+    Case(
+        "mas-gradient",
+        MasConfig(strength=10.0, penalty_mode="gradient", importance_samples=16),
+        "applied_norm",
+        False,
+    ),
+    Case(
+        "ewc-sequence",
+        EwcConfig(strength=100.0, fisher_samples=16, fisher_estimator="document"),
+        "applied_norm",
+        False,
+        boundary=1,
+    ),
+    Case(
+        "ewc-latest",
+        EwcConfig(strength=100.0, fisher_samples=16, anchor="latest"),
+        "applied_norm",
+        False,
+        boundary=1,
+    ),
+    Case(
+        "si-implicit",
+        SiConfig(strength=100.0),
+        "applied_norm",
+        False,
+        boundary=1,
+        no_adapters="the entries of an adapter have no path of their own",
+    ),
+    Case(
+        "si-gradient",
+        SiConfig(strength=10.0, penalty_mode="gradient"),
+        "applied_norm",
+        False,
+        boundary=1,
+        no_adapters="the entries of an adapter have no path of their own",
+    ),
+    Case("maml_prox", MamlProxConfig(strength=0.5, inner_lr=0.05), "applied_norm", False),
+    Case("reptile", ReptileConfig(strength=1.0, inner_lr=0.05), "applied_norm", False),
     Case("freeze", FreezeConfig(strength=0.7), "frozen_parameters", False, num_blocks=3),
     Case(
         "domain_adapters",

@@ -176,13 +176,16 @@ class Stage:
             base_forward=lambda micro, mask: self._taught(micro, mask)[0],
             base_hidden=self._base_hidden,
             sample=self._sample,
+            embed=self._embed,
+            encoder=lambda: "bag of tokens",
+            texts=self._texts,
         )
-        self.ctx.task_index, self.ctx.num_tasks = self.task_index, self.task_index + 1
+        self.ctx.task_index = self.task_index
+        self.ctx.num_tasks = 2 if self.boundary else self.task_index + 1
         self.ctx.adapters = self._adapters()
         # A counterpart differs in its prompt, a row's first token.
         others = [[row[0] % (VOCABULARY - 1) + 1, *row[1:]] for row in self.training]
         self.ctx.pairs = {"training": Pairs("counterfactual", range(len(others)), "made")}
-        self.ctx.num_tasks = 2 if self.boundary else 1
         self.stores = {
             "training": self.training,
             "general": self.general,
@@ -250,6 +253,17 @@ class Stage:
 
     def _rows_micro(self, source: str, store: str, rows: Sequence[int]) -> Micro:
         return make_micro([(source, row, self.stores[store][row], False) for row in rows])
+
+    def _embed(self, store: str, rows: Sequence[int]) -> Tensor:
+        bags = torch.zeros(len(rows), VOCABULARY)
+        for index, row in enumerate(rows):
+            bags[index].index_add_(
+                0, torch.tensor(self.stores[store][row]), torch.ones(len(self.stores[store][row]))
+            )
+        return bags / bags.norm(dim=1, keepdim=True)
+
+    def _texts(self, store: str, rows: Sequence[int]) -> list[str]:
+        return [" ".join(map(str, self.stores[store][row])) for row in rows]
 
     def _add_store(self, name: str, rows: Any) -> None:
         self.stores[name] = [ids for ids, _ in rows]
@@ -372,7 +386,7 @@ class Stage:
 
     def enter_due_task(self) -> None:
         """Strategies take leave of the first task and look at the second where it is due."""
-        if not self.boundary or self.step < self.boundary or self.ctx.task_index:
+        if not self.boundary or self.step < self.boundary or self.ctx.task_index > 0:
             return
         if self.step == self.boundary:
             for strategy in self.strategies:
