@@ -170,3 +170,37 @@ def test_a_micro_batch_without_rows_is_empty():
     micro = build_micro([], {}, torch.device("cpu"))
     assert micro.input_ids_BT.shape == (0, 1)
     assert micro.positions_N.numel() == micro.is_task_B.numel() == 0
+
+
+def test_a_uniform_stream_draws_from_its_rows_alone_and_epochs_stand_still():
+    whole = domain(64)
+    easiest = Stream("domain", tuple(range(0, 64, 3)), "training", 1.0, True, is_uniform=True)
+    paced, _ = make_sampler(rows=64)
+    plain, _ = make_sampler(rows=64)
+    expected = [plain.draw((whole,)) for _ in range(12)]
+    assert [paced.draw((whole,)) for _ in range(3)] == expected[:3]
+    counts = Counter()
+    for _ in range(300):
+        rows = [row.row for row in paced.draw((easiest,))]
+        assert len(set(rows)) == len(rows) == 8
+        counts.update(rows)
+    assert set(counts) == set(easiest.rows)
+    mean = 300 * 8 / len(easiest.rows)
+    chi_squared = sum((count - mean) ** 2 / mean for count in counts.values())
+    assert chi_squared < 60  # 21 degrees of freedom, and draws without replacement vary less
+    assert [paced.draw((whole,)) for _ in range(9)] == expected[3:]
+
+
+def test_a_uniform_stream_goes_on_from_its_state_and_copes_with_few_rows():
+    few = Stream("domain", (3, 5), "training", 1.0, True, is_uniform=True)
+    first, _ = make_sampler()
+    second, _ = make_sampler()
+    general = replay(tuple(range(20)), 0.5)
+    for _ in range(5):
+        first.draw((few, general))
+    second.load_state(json.loads(json.dumps(first.state())))
+    for _ in range(5):
+        drawn = first.draw((few, general))
+        assert second.draw((few, general)) == drawn
+        assert [row.source for row in drawn] == ["domain"] * 8 + ["replay"] * 4
+        assert {row.row for row in drawn if row.source == "domain"} <= {3, 5}
