@@ -45,6 +45,11 @@ def adapt(
         TrainingFailed: An adapter's share of a large model is out of bounds, or it can't be placed or named.
     """
     config = find_config(strategies)
+    if config is not None and training.type != "lora":
+        raise TrainingFailed(
+            "domain_adapters keeps the base frozen, so it needs training.type 'lora'",
+            "retention.strategies",
+        )
     if config is not None:
         return _adapt_by_domain(model, training, config, adapter_names(stage_names))
     if training.type == "lora" or training.late_adapter:
