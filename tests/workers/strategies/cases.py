@@ -9,8 +9,8 @@ from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
 from app.domain.configs.memory import MemoryConfig
-from app.domain.configs.progressive import ProgressiveConfig
 from app.domain.configs.meta import MamlProxConfig, ReptileConfig
+from app.domain.configs.progressive import ProgressiveConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig, MasConfig, SiConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
