@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from workers.data.batches import Rows
 from workers.data.masks import Ids
-from workers.data.tokens import TokenStore
 from workers.evaluation.forward import (
     CHUNK_ELEMENTS,
     Reader,
@@ -53,7 +53,7 @@ def score_texts(
 
 def validation_loss(
     model: nn.Module,
-    store: TokenStore,
+    store: Rows,
     *,
     token_budget: int,
     rank: int = 0,
@@ -86,7 +86,7 @@ def validation_loss(
     return float(sums[0] / sums[2]), float(sums[1] / sums[2])
 
 
-def _sum_rows(reader: Reader, store: TokenStore, batch: Sequence[int]) -> NDArray[np.float64]:
+def _sum_rows(reader: Reader, store: Rows, batch: Sequence[int]) -> NDArray[np.float64]:
     rows = [store.row(index) for index in batch]
     targets = [Target(ids, np.flatnonzero(weights > 0)) for ids, weights in rows]
     weights_N = np.concatenate([w[t.columns] for (_, w), t in zip(rows, targets, strict=True)])
