@@ -28,7 +28,7 @@ def stage_of(*cases, strength=None, **overrides):
     coefs = {c.kind: c.strength if strength is None else strength for c in cases}
     num_blocks = max(c.num_blocks for c in cases)
     task_index = cases[0].task_index if len(cases) == 1 else 0
-    boundary = max(c.boundary for c in cases)
+    boundary = cases[0].boundary if len(cases) == 1 else 0
     values = {"num_blocks": num_blocks, "task_index": task_index, "boundary": boundary, **overrides}
     return Stage([c.make() for c in cases], coefs, **values)
 
