@@ -33,6 +33,7 @@ def draw_surfaces(surfaces: Sequence[Surface], path: Path) -> None:
     bar.set_label("loss, nats per token", color=INK)
     ticks = levels[:: max(len(levels) // 6, 1)]
     bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+    bar.minorticks_off()
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8, colors=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,7 @@ def contour_levels(surfaces: Sequence[Surface]) -> NDArray[np.float64]:
 
 def _draw_panel(panel: Any, surface: Surface, levels: NDArray[np.float64]) -> Any:  # noqa: ANN401 - matplotlib's own types
     from matplotlib.colors import BoundaryNorm
+    from matplotlib.ticker import MaxNLocator
 
     across, along = np.meshgrid(surface.second_axis, surface.first_axis)
     values = np.asarray(surface.loss)
@@ -72,7 +74,9 @@ def _draw_panel(panel: Any, surface: Surface, levels: NDArray[np.float64]) -> An
     panel.text(0.5, 1.025, caption, transform=panel.transAxes, ha="center", fontsize=9, color=INK)
     panel.set_xlabel(f"first direction: {surface.first_direction}", color=INK)
     panel.set_aspect("equal")
-    panel.tick_params(length=3, labelsize=8, colors=INK)
+    panel.xaxis.set_major_locator(MaxNLocator(4))
+    panel.yaxis.set_major_locator(MaxNLocator(4))
+    panel.tick_params(length=0, pad=5, labelsize=8, colors=INK)
     for spine in panel.spines.values():
         spine.set_visible(False)
     return filled

@@ -174,6 +174,7 @@ def sharpness(
     rises = []
     with displaced(model) as move:
         for k in range(num_directions):
+            move(())  # a direction is as long as the weights that it leaves
             direction = random_direction(model, seed + 1000 + k)
             pair = []
             for sign in (1.0, -1.0):

@@ -333,7 +333,7 @@ def test_a_state_of_other_groups_or_weights_is_refused():
         other.strategies[0].load_state_dict(state)
     own = Stage([HybridOptimizer(wd_backbone=0.1)], {"hybrid_optimizer": 1.0}).strategies[0]
     cut = {k: t for k, t in state["tensors"].items() if k != "anchor/layer.weight"}
-    with pytest.raises(ValueError, match="layer.weight is missing"):
+    with pytest.raises(ValueError, match=r"layer\.weight is missing"):
         own.load_state_dict({**state, "tensors": cut})
     wrong = {**state["tensors"], "anchor/layer.weight": torch.zeros(2, 2)}
     with pytest.raises(ValueError, match="has shape"):
