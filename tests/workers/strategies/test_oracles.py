@@ -108,8 +108,11 @@ def one_of_each_kind(lora):
 def test_g5_the_order_of_the_list_does_not_matter(lora):
     """Even where the loop did not sort them; a cap alone sees what was added before it."""
     by_kind = one_of_each_kind(lora)
-    uncapped = EwcConfig(strength=10.0, fisher_samples=16, rho=None)
+    uncapped = EwcConfig(strength=10.0, fisher_samples=16, penalty_mode="gradient", rho=None)
     by_kind["ewc"] = by_kind["ewc"]._replace(config=uncapped)
+    for kind in {"mas", "si"} & by_kind.keys():
+        config = by_kind[kind].config.model_copy(update={"rho": None})
+        by_kind[kind] = by_kind[kind]._replace(config=config)
     chosen = list(by_kind.values())
     orders = (chosen, chosen[::-1], chosen[2:] + chosen[:2])
     listed, *others = [
