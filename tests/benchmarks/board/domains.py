@@ -1,0 +1,156 @@
+"""Four domains that are hard for the tiny model: phrases decide, another attribute overrules, some labels are wrong."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from types import MappingProxyType
+
+from workers.demo_model.skills import NAMES, PEOPLE, Question
+
+WRONG_LABELS = 0.03  # share, in rows and items alike: so much no model can get right
+
+
+@dataclass(frozen=True)
+class HardDomain:
+    """A classification task whose label follows from two attributes of a case.
+
+    The phrase alone gives the label, except for the (subject, label) pairs in `overruled`, a sixth of the
+    cases: those can't be known from either attribute alone.
+    """
+
+    name: str
+    wording: str  # with {name}, {day}, {subject} and {phrase}
+    subjects: tuple[str, ...]
+    phrases: Mapping[str, tuple[str, ...]]
+    overruled: Mapping[tuple[str, str], str]
+
+    def draw(self, rng: Random) -> Question:
+        """One case with its label, among all labels."""
+        kind = rng.choice(tuple(self.phrases))
+        subject = rng.choice(self.subjects)
+        prompt = self.wording.format(
+            name=rng.choice(NAMES),
+            day=rng.randrange(1, 30),
+            subject=subject,
+            phrase=rng.choice(self.phrases[kind]),
+        )
+        label = self.overruled.get((subject, kind), kind)
+        if rng.random() < WRONG_LABELS:
+            label = rng.choice([other for other in self.phrases if other != label])
+        return Question(self.name, prompt, label, tuple(self.phrases))
+
+    def draw_new(self, count: int, rng: Random, used: set[str]) -> list[Question]:
+        """`count` cases whose prompts are not in `used`, which they join.
+
+        Raises:
+            RuntimeError: The domain has too few different prompts.
+        """
+        found: list[Question] = []
+        for _ in range(200 * count):
+            if len(found) == count:
+                return found
+            question = self.draw(rng)
+            if question.prompt not in used:
+                used.add(question.prompt)
+                found.append(question)
+        raise RuntimeError(f"{self.name}: only {len(found)} of {count} new prompts were found")
+
+
+TICKETS = HardDomain(
+    "tickets",
+    "ticket {day} from {name} : the {subject} has {phrase} . queue",
+    ("phone", "router", "printer", "tablet", "camera", "watch"),
+    MappingProxyType(
+        {
+            "repair": ("a dead battery", "a cracked screen", "a loose button", "a bent case"),
+            "money": ("a double charge", "a wrong price", "a late refund", "a lost invoice"),
+            "signal": ("a weak link", "a slow line", "a dropped call", "a blocked port"),
+            "login": ("a forgotten code", "a locked account", "an expired pass", "a stolen name"),
+        }
+    ),
+    MappingProxyType(
+        {
+            ("router", "repair"): "signal",
+            ("printer", "signal"): "repair",
+            ("watch", "login"): "money",
+            ("camera", "money"): "login",
+        }
+    ),
+)
+TRIAGE = HardDomain(
+    "triage",
+    "patient {day} , {name} , a {subject} , shows {phrase} . level",
+    ("child", "parent", "student", "runner", "guest", "driver"),
+    MappingProxyType(
+        {
+            "now": ("a chest pain", "a deep wound", "a blue lip", "a sudden fall"),
+            "soon": ("a high fever", "a bad rash", "a hard cough", "a swollen knee"),
+            "later": ("a mild ache", "a dry skin", "a runny nose", "a small bruise"),
+            "never": ("a clear eye", "a calm pulse", "a firm step", "a sound sleep"),
+        }
+    ),
+    MappingProxyType(
+        {
+            ("child", "soon"): "now",
+            ("parent", "later"): "soon",
+            ("runner", "never"): "later",
+            ("driver", "later"): "now",
+        }
+    ),
+)
+CLAUSES = HardDomain(
+    "clauses",
+    "clause {day} of {name} binds the {subject} to {phrase} . topic",
+    ("buyer", "seller", "lender", "tenant", "agent", "owner"),
+    MappingProxyType(
+        {
+            "price": ("a fixed fee", "a yearly rent", "a fair discount", "a paid deposit"),
+            "term": ("a long notice", "an early exit", "a final date", "a second year"),
+            "fault": ("a full repayment", "a broken seal", "a missed delivery", "a proven loss"),
+            "secret": ("a hidden recipe", "a private list", "a closed file", "a silent partner"),
+        }
+    ),
+    MappingProxyType(
+        {
+            ("buyer", "term"): "price",
+            ("lender", "price"): "fault",
+            ("tenant", "fault"): "term",
+            ("agent", "secret"): "fault",
+        }
+    ),
+)
+SPENDING = HardDomain(
+    "spending",
+    "on day {day} {name} paid for {phrase} by {subject} . account",
+    ("cash", "card", "cheque", "phone", "letter", "coupon"),
+    MappingProxyType(
+        {
+            "food": ("a warm lunch", "a sweet melon", "a jar of honey", "a crate of eggs"),
+            "home": ("a new curtain", "a door handle", "a tin of paint", "a desk lamp"),
+            "travel": ("a train seat", "a ferry trip", "a hotel bed", "a bike rental"),
+            "play": ("a chess board", "a concert visit", "a puzzle box", "a tennis lesson"),
+        }
+    ),
+    MappingProxyType(
+        {
+            ("cheque", "home"): "travel",
+            ("coupon", "play"): "food",
+            ("letter", "travel"): "home",
+            ("cash", "food"): "play",
+        }
+    ),
+)
+DOMAINS = (TICKETS, TRIAGE, CLAUSES, SPENDING)  # the order in which a sequence learns them
+
+
+def draw_note(rng: Random) -> str:
+    """A sentence with phrases of one kind, with a label, or with a subject; never a phrase beside its label.
+
+    A base that has never met the words of a domain can't learn it with small adapters.
+    """
+    domain = rng.choice(DOMAINS)
+    writer, label = rng.choice(PEOPLE), rng.choice(tuple(domain.phrases))
+    if rng.random() < 0.3:
+        return f"note {rng.randrange(1, 30)} : the {writer} asked {rng.choice(NAMES)} about {label}"
+    first, second = rng.sample(domain.phrases[label], 2)
+    return f"note : the {writer} wrote of the {rng.choice(domain.subjects)} , {first} and {second}"
