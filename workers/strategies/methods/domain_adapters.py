@@ -169,7 +169,8 @@ class DomainAdapters(Strategy):
 
     def on_task_end(self, ctx: Context) -> None:
         """Keeps the centroid of the task's rows, and fits the threshold to the centroids so far."""
-        represent = ctx.embed or ctx.represent
+        # by prompts alone, which is all that is known of a row to route; `embed` reads the answers, too
+        represent = ctx.represent or ctx.embed
         if not self.route or represent is None:
             return
         store = f"training-{ctx.task_index}" if ctx.task_index else "training"
@@ -179,7 +180,7 @@ class DomainAdapters(Strategy):
         self.centroids[name] = mean / mean.norm().clamp(min=1e-12)
         counted = {**self.routing.get("rows", {}), name: len(rows)}
         self.routing = {
-            "representation": "encoder" if ctx.embed else "base",
+            "representation": "base" if ctx.represent else "encoder",
             "rows": counted,
             "threshold": -1.0,  # never the base: there is nothing to tell it by
             "false_accept": None,

@@ -162,7 +162,7 @@ def with_rows(strategy, *, num_general=40):
             points[:, 1] += 1.0
         return torch.nn.functional.normalize(points, dim=-1)
 
-    stage.ctx.embed, stage.ctx.represent = None, represent
+    stage.ctx.represent = represent
     stage.ctx.num_general_rows = num_general
     strategy.on_task_end(stage.ctx)
     return stage
