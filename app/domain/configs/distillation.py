@@ -62,3 +62,8 @@ class DistillationConfig(StrategyBase):
     def needs_general_rows(self) -> bool:
         """Whether it reads general rows of its own accord; replayed rows are the replay strategy's."""
         return self.on == "auto" or "general" in self.on
+
+    @property
+    def keeps_domain_rows(self) -> bool:
+        """Whether checkpoints hold text of domain rows: the prompts that the model has continued."""
+        return "generated" in self.on and self.generated_prompts == "prompt"

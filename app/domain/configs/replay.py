@@ -45,5 +45,6 @@ class ReplayConfig(StrategyBase):
 
     @property
     def keeps_domain_rows(self) -> bool:
-        """Whether rows of one domain are trained on in a later one."""
-        return self.domain_store_fraction > 0
+        """Whether rows of a domain are trained on in a later one, or their prompts are continued and kept."""
+        has_prompts = self.source == "generated" and self.generated_prompts == "prompt"
+        return self.domain_store_fraction > 0 or has_prompts

@@ -39,6 +39,15 @@ CASES: dict[str, StrategyConfig] = {
     "l2sp_implicit": L2SpConfig(penalty_mode="implicit"),
     "replay": ReplayConfig(strength=0.25),
     "distillation": DistillationConfig(on=("domain", "general")),
+    "distillation_hidden": DistillationConfig(on=("general",), hidden_coef=0.5, every=2),
+    "distillation_cached": DistillationConfig(teacher="cached", top_k=8, temperature=2.0),
+    "distillation_generated": DistillationConfig(
+        on=("generated",), generated_rows=12, generated_tokens=9, generate_every=5
+    ),
+    "replay_der": ReplayConfig(strength=0.25, der_alpha=0.5, der_beta=0.5, top_k=8),
+    "replay_generated": ReplayConfig(
+        strength=0.25, source="generated", weighting="fixed", generated_rows=12, generated_tokens=9
+    ),
 }
 KINDS = ("full", "lora")
 ALL = tuple(CASES[name] for name in ("ewc", "l2sp", "replay", "distillation"))
@@ -79,7 +88,7 @@ def test_g2_strength_moves_the_weights_and_says_so(tmp_path, plain, name):
     run = run_of(tmp_path, CASES[name], kind=kind)
     metrics = train(run)
     assert not same(weights(run), expected)
-    label = "rows" if name == "replay" else "applied_norm"
+    label = "rows" if "replay" in name else "applied_norm"
     values = [row.values[f"strategy/{CASES[name].type}/{label}"] for row in metrics]
     assert max(values) > 0
 
