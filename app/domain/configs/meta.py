@@ -14,7 +14,8 @@ class MamlProxConfig(StrategyBase):
     strength: float | None = Field(default=None, ge=0, le=1e6)  # mu of the inner loop
     inner_lr: float = Field(default=1e-3, gt=0, le=1)  # alpha of the inner SGD
     inner_steps: int = Field(default=3, ge=1, le=20)  # K; a step costs about K + 1 plain ones
-    query_share: float = Field(default=0.5, gt=0, lt=1)  # of the step's domain rows, the later ones
+    query_rows: Literal["shuffled", "later"] = "shuffled"  # later: in the order of the file
+    query_share: float = Field(default=0.5, gt=0, lt=1)  # of the step's domain rows
     memory_coef: float = Field(default=0.5, ge=0, le=100)  # weight of replayed and memory rows
 
 

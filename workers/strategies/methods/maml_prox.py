@@ -1,7 +1,8 @@
 """First-order MAML with a proximal inner loop: a step is judged after looking a few steps ahead."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from hashlib import sha256
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ from workers.strategies.episodes import (
     take_gradients,
 )
 
+QueryRows = Literal["shuffled", "later"]
+
 
 class MamlProx(Strategy):
     """Takes K proximal SGD steps on some of the step's domain rows, and the gradient of the others there.
 
-    Support: the step's domain rows that come earlier in the file. Query: the later ones ("future"), and the
-    step's rows of other sources that count as task (replay, memory): L_Q = L_future + memory_coef * L_memory,
-    each a mean over its own tokens. What other strategies add to the loss is in L_Q alone.
+    Support: some of the step's domain rows. Query: the others ("future"), and the step's rows of other sources
+    that count as task (replay, memory): L_Q = L_future + memory_coef * L_memory, each a mean over its own
+    tokens. What other strategies add to the loss is in L_Q alone.
 
     phi_0 = theta; phi_{j+1} = phi_j - alpha (grad L_S(phi_j) + mu (phi_j - theta)); the gradient that the
     optimiser gets is grad L_Q(phi_K), first order; theta itself is put back bit for bit before. The strength is
@@ -33,6 +36,9 @@ class MamlProx(Strategy):
     Args:
         inner_lr: alpha; no schedule.
         inner_steps: K.
+        query_rows: Which domain rows are query. `shuffled`: drawn anew in each step, so that every row is at
+            times. `later`: those that come later in the file, for files in the order of time; as a first-order
+            step learns from its query alone, the file's first rows are then hardly learnt.
         query_share: Share of the step's domain rows that is query; at least one row is on each side.
         memory_coef: Weight of L_memory.
     """
@@ -44,11 +50,13 @@ class MamlProx(Strategy):
         *,
         inner_lr: float = 1e-3,
         inner_steps: int = 3,
+        query_rows: QueryRows = "shuffled",
         query_share: float = 0.5,
         memory_coef: float = 0.5,
     ) -> None:
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
+        self.query_rows: QueryRows = query_rows
         self.query_share = query_share
         self.memory_coef = memory_coef
         self._norm: Tensor | None = None  # of phi_K - theta
@@ -72,18 +80,18 @@ class MamlProx(Strategy):
         drawn = step_rows(ctx, micros)
         name_hash = row_key(DOMAIN, 0).source
         domain = [key.sample_id for key in drawn if key.source == name_hash]
-        first_query = self._first_query(domain)
-        if first_query is None:
+        ahead = self._query_ids(ctx, domain)
+        if not 0 < len(ahead) < len(set(domain)):
             backward(micros)
             return
 
         def is_memory(source: str, is_task: bool) -> bool:  # noqa: FBT001 - a predicate's fact
             return is_task and source != DOMAIN
 
-        support = select_rows(micros, lambda s, i, _: s == DOMAIN and i < first_query)
+        support = select_rows(micros, lambda s, i, _: s == DOMAIN and i not in ahead)
         # Rows that do not count as task carry other strategies' terms.
         future = select_rows(
-            micros, lambda s, i, t: not is_memory(s, t) and (s != DOMAIN or i >= first_query)
+            micros, lambda s, i, t: not is_memory(s, t) and (s != DOMAIN or i in ahead)
         )
         memory = select_rows(micros, lambda s, _, t: is_memory(s, t))
         params, mu = ctx.params, ctx.strength(self.kind)
@@ -103,7 +111,7 @@ class MamlProx(Strategy):
                     query[name] = query[name].add_(weighted) if name in query else weighted
         for name, gradient in query.items():
             params[name].grad = gradient
-        num_query = sum(sample_id >= first_query for sample_id in domain)
+        num_query = sum(sample_id in ahead for sample_id in domain)
         self._rows = (len(domain) - num_query, num_query, num_memory)
 
     def metrics(self) -> Mapping[str, float]:
@@ -116,13 +124,13 @@ class MamlProx(Strategy):
             "memory_rows": float(memory),
         }
 
-    def _first_query(self, domain: Sequence[int]) -> int | None:
-        """The sample id from which on rows are query; None where nothing would be left as support."""
-        if len(domain) < 2:
-            return None
-        wanted = min(max(round(self.query_share * len(domain)), 1), len(domain) - 1)
-        first = sorted(domain)[len(domain) - wanted]
-        return first if first > min(domain) else None
+    def _query_ids(self, ctx: Context, domain: Sequence[int]) -> frozenset[int]:
+        """The domain rows that are query, alike on every rank; a row drawn twice is on one side."""
+        ids = sorted(set(domain))
+        if self.query_rows == "shuffled":
+            ids.sort(key=lambda i: (sha256(f"{ctx.run_seed}/{ctx.step}/{i}".encode()).digest(), i))
+        wanted = min(max(round(self.query_share * len(ids)), 1), len(ids) - 1)
+        return frozenset(ids[len(ids) - wanted :]) if wanted > 0 else frozenset()
 
     def _count_memory(self, ctx: Context, memory: Sequence[Micro]) -> int:
         """Memory rows over all ranks, which must agree on whether to read them."""
