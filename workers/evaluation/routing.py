@@ -119,7 +119,7 @@ def base_representations(
     with wrapped.disable_adapter():
         found = _represent(wrapped.get_base_model(), rows)
     for parameter, flag in flags:  # peft makes active adapters trainable on the way out
-        parameter.requires_grad_(requires_grad=flag)
+        parameter.requires_grad_(flag)
     return found
 
 

@@ -22,7 +22,7 @@ def keeping_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
-                parameter.requires_grad_(requires_grad=flag)
+                parameter.requires_grad_(flag)
 
 
 def adapted_layers(model: nn.Module, adapter: str, code: str) -> dict[str, Any]:

@@ -167,8 +167,8 @@ def _adapt_by_domain(
     for index, name in enumerate(names):
         model = add_adapters(model, own, seed=training.seed + 7_919 * index, name=name)
     activate(model, names[:1])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(requires_grad=_is_adapter(name))
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_adapter(parameter_name))
     return model
 
 
@@ -282,8 +282,8 @@ def merge_adapters(
     add_adapters(model, own, seed=0, name=MERGED)
     for layer_name, layer in adapted_layers(model, MERGED, "merge_failed").items():
         factors = merged[layer_name].factors
-        layer.lora_A[MERGED].weight.copy_(factors.A_RI).requires_grad_(requires_grad=False)
-        layer.lora_B[MERGED].weight.copy_(factors.B_OR).requires_grad_(requires_grad=False)
+        layer.lora_A[MERGED].weight.copy_(factors.A_RI)
+        layer.lora_B[MERGED].weight.copy_(factors.B_OR)
     activate(model, [MERGED])
     parts = list(merged.values())
     return {

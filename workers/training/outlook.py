@@ -19,6 +19,7 @@ from workers.data.tokens import TokenStore
 from workers.evaluation.forward import token_batches
 from workers.evaluation.routing import pool, prompt_mask
 from workers.strategies.base import Decoding, Forward, Micro, TokenRow
+from workers.training.adapters import adapter_names, find_config
 from workers.training.embedding import show_embeddings
 from workers.training.forward import evaluating
 from workers.training.loop import Run
@@ -156,8 +157,12 @@ class _Cache:
             "seed": training.seed,
             "dtype": str(next(model.parameters()).dtype),
         }
+        if find_config(plan.strategies) is not None:  # adapted layers go by their adapters' names
+            settings["adapters"] = adapter_names([stage.name for stage in plan.stages])
         self._settings = json.dumps(settings, sort_keys=True)
-        of_the_base = {k: v for k, v in settings.items() if k not in ("general", "lora", "seed")}
+        of_the_base = {
+            k: v for k, v in settings.items() if k not in ("general", "lora", "seed", "adapters")
+        }
         self._base_settings = json.dumps(of_the_base, sort_keys=True)
         self._directory = Path(plan.cache_directory) / "strategies"
         self._ranks = ranks

@@ -70,8 +70,8 @@ def test_one_hot_routing_equals_the_single_adapter_and_a_mixed_batch_equals_rows
     base = logits_of(make_model(), ROWS)
     routes = ["second", None, "default", "second"]
     mixed = run_by_route(ROWS, routes, switch, run)
-    for place, name in enumerate(routes):
-        expected = base[place] if name is None else alone[name][place]
+    for place, route in enumerate(routes):
+        expected = base[place] if route is None else alone[route][place]
         assert torch.equal(mixed[place], expected)
     assert not torch.equal(alone["default"][0], alone["second"][0])
     assert not torch.equal(alone["default"][0], base[0])

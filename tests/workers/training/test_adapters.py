@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.workers.training.staged import (
     make_staged_plan,
     make_staged_run,
 )
-from workers.evaluation.routing import base_representations, load_router
+from workers.evaluation.routing import Router, base_representations, load_router
 from workers.export.bottleneck import BottleneckModel, load_bottlenecks
 from workers.export.merge import active_adapters, adapted_layers, adapter_change
 from workers.training.adapters import adapt, count_widths, derive_rank
@@ -176,7 +177,7 @@ def gradients_of_second_stage(scratch, ranks=None, base=None):
 
     run.strategies[0].edit_grads = keep
     metrics = train_step(run)
-    assert metrics.values["strategy/domain_adapters/applied_norm"] > 0
+    assert (metrics.values["strategy/domain_adapters/applied_norm"] or 0.0) > 0
     return found
 
 
@@ -281,7 +282,7 @@ def test_adapters_hold_far_less_memory_than_full_training(tmp_path, kind):
 def test_a_merged_job_is_measured_and_published_as_one_adapter(tmp_path, merge):
     run = make_staged_run(tmp_path, adapters(merge=merge, density=0.7))
     train(run, STEPS * 3)
-    changes = {}
+    changes: dict[str, Any] = {}
     for name in NAMES:
         for layer_name, layer in adapted_layers(run.model, name, "x").items():
             changes[layer_name] = changes.get(layer_name, 0) + adapter_change(layer, name).detach()
@@ -358,7 +359,7 @@ def test_an_artifact_holds_every_finished_adapter_and_routes_to_them(tmp_path):
     found = base_representations(run.model, cut)
     own = run.ctx.represent("training", range(4))
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6)
-    router = load_router(directory, lambda rows: base_representations(run.model, rows))
+    router: Router[Any] = load_router(directory, lambda rows: base_representations(run.model, rows))
     similar = own @ torch.stack([run.strategies[0].centroids[n] for n in ("law", "medicine")]).T
     best, index = similar.max(1)
     expected = [

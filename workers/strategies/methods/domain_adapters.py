@@ -314,7 +314,8 @@ def row_space(matrices: Sequence[Tensor]) -> Tensor:
     """Orthonormal columns (I, Q) that span the rows of all matrices (R, I), in float64."""
     stacked = torch.cat([m.double() for m in matrices])
     _, values, rows = torch.linalg.svd(stacked, full_matrices=False)
-    return rows[values > RANK_TOLERANCE * values.max()].T.contiguous()
+    basis_IQ: Tensor = rows[values > RANK_TOLERANCE * values.max()].T.contiguous()
+    return basis_IQ
 
 
 def fit_threshold(similarities: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_strong_penalty_lowers_the_overlap():
 
 def test_a_hard_adapter_changes_nothing_on_what_earlier_ones_read():
     stage = stage_of(1.0, orthogonality="hard").train(10)
-    layer = stage.model.layer
+    layer: Any = stage.model.layer
     earlier = stage.ctx.adapters.readers["earlier"]["layer"].detach()
     seen = rand(5, 2, seed=9) @ earlier  # inputs in the span of the earlier rows
     change = layer.scale * seen @ layer.lora_A.detach().T @ layer.lora_B.detach().T
@@ -109,7 +110,8 @@ def test_a_share_of_the_projection_is_taken_below_strength_one():
     stage = stage_of(0.25, orthogonality="hard")
     readers = stage.ctx.adapters.readers
     q = row_space([readers["earlier"]["layer"].detach()])
-    before = Stage([], {}, lora=True).model.layer.lora_A.detach()
+    layer: Any = Stage([], {}, lora=True).model.layer
+    before = layer.lora_A.detach()
     kept = before - 0.25 * before @ q @ q.T
     torch.testing.assert_close(readers["own"]["layer"].detach(), kept, rtol=0, atol=1e-14)
 
@@ -126,6 +128,7 @@ def test_the_row_space_is_orthonormal_and_as_large_as_the_rank():
 def test_no_room_for_a_hard_adapter_is_refused():
     strategy = DomainAdapters(orthogonality="hard")
     stage = Stage([strategy], {"domain_adapters": 1.0}, lora=True, task_index=1, start=False)
+    assert stage.ctx.adapters is not None
     full = nn.Parameter(torch.eye(WIDTH, dtype=F64), requires_grad=False)
     readers = {**stage.ctx.adapters.readers, "earlier": {"layer": full}}
     stage.ctx.adapters = Adapters(
@@ -199,34 +202,33 @@ def test_without_general_rows_there_is_no_fallback_and_without_routing_nothing_i
 
 
 def test_centroids_survive_a_resume_and_those_of_another_run_are_refused():
-    first = DomainAdapters()
+    first, second = DomainAdapters(), DomainAdapters()
     with_rows(first)
-    second = Stage([DomainAdapters()], {"domain_adapters": 1.0}, lora=True, task_index=1)
-    second.strategies[0].load_state_dict(first.state_dict())
-    assert same(second.strategies[0].centroids, first.centroids)
-    assert second.strategies[0].routing == first.routing
+    Stage([second], {"domain_adapters": 1.0}, lora=True, task_index=1)
+    second.load_state_dict(first.state_dict())
+    assert same(second.centroids, first.centroids)
+    assert second.routing == first.routing
     state = first.state_dict()
     odd = {**state, "tensors": {"centroid/other": torch.zeros(4)}}
     with pytest.raises(ValueError, match="not of this run's adapters"):
-        second.strategies[0].load_state_dict(odd)
+        second.load_state_dict(odd)
 
 
 def published(strategy, task_index):
     """What is active and merged when a run of three tasks is published in one of them."""
-    told = []
+    told: list[Any] = []
+
+    def merge(names, method, **more):
+        told.append((method, tuple(names), more))
+        return {"rank": 6.0, "relative_error": 0.0}
+
     adapters = Adapters(
         ("a", "b", "c"),
         {},
         {},
         0.005,
         lambda names: told.append(tuple(names)),
-        lambda names, method, **more: (
-            told.append((method, tuple(names), more))
-            or {
-                "rank": 6.0,
-                "relative_error": 0.0,
-            }
-        ),
+        merge,
     )
     stage = Stage([strategy], {"domain_adapters": 1.0}, lora=True)
     stage.ctx.adapters, stage.ctx.task_index = adapters, task_index
@@ -262,7 +264,7 @@ def test_an_unusual_share_is_told_once_unless_it_was_asked_for():
     def notes(share, index, **knobs):
         told = []
         strategy = DomainAdapters(**knobs)
-        ctx = SimpleNamespace(
+        ctx: Any = SimpleNamespace(
             adapters=SimpleNamespace(share=share),
             task_index=index,
             note=lambda code, *_: told.append(code),
