@@ -88,7 +88,8 @@ class Curriculum:
 
     def plan(self, ctx: Context, num_rows: int, scale: float) -> tuple[int, float]:
         """Domain rows to draw from in this step, and general rows to ask for as a share of `batch_size`."""
-        step, total = ctx.step - ctx.task_first_step, self.steps * ctx.task_steps
+        # before a task's first step, `step` is still that of the task before
+        step, total = max(ctx.step - ctx.task_first_step, 0), self.steps * ctx.task_steps
         count = num_rows
         if self.difficulty != "none":
             share = competence(step, total, self.start, self.power)
