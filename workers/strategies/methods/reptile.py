@@ -1,6 +1,7 @@
 """Reptile: the way that a few SGD steps on the task take, given to the optimiser as the gradient."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -60,7 +61,8 @@ class Reptile(Strategy):
         params, total = ctx.params, dict[str, Tensor]()
         with excursion(params) as start:
             for index in range(count):
-                own = select_rows(micros, lambda s, i, _, k=index: slice_of.get(row_key(s, i)) == k)
+                keys = {key for key, place in slice_of.items() if place == index}
+                own = select_rows(micros, partial(_is_in, keys))
                 backward(own)
                 gradients = take_gradients(params)
                 inner_step(params, gradients, start, rate=self.inner_lr)
@@ -81,3 +83,7 @@ class Reptile(Strategy):
         distinct = sorted(set(drawn))
         count = min(self.inner_steps, len(distinct))
         return {key: place % count for place, key in enumerate(distinct)}, count
+
+
+def _is_in(keys: Set[RowKey], source: str, sample_id: int, _: bool) -> bool:  # noqa: FBT001
+    return row_key(source, sample_id) in keys

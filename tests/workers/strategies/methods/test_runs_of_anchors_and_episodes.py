@@ -12,6 +12,7 @@ from app.domain.configs.meta import MamlProxConfig, ReptileConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig, MasConfig, SiConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.runplan import RowsPlan, StagePlan
+from app.domain.strategies import StrategyConfig
 from tests.workers.training.runs import (
     CPU,
     ListRows,
@@ -29,7 +30,7 @@ from workers.training.loop import train_step
 from workers.training.ranks import Ranks
 
 STAGE_STEPS = 4
-CASES = {
+CASES: dict[str, tuple[StrategyConfig, ...]] = {
     "ewc": (EwcConfig(fisher_samples=12),),
     "ewc_latest": (EwcConfig(fisher_samples=12, anchor="latest", penalty_mode="gradient"),),
     "mas": (MasConfig(importance_samples=12),),
@@ -38,7 +39,6 @@ CASES = {
     "maml_prox": (MamlProxConfig(inner_lr=0.05), ReplayConfig(strength=0.25)),
     "reptile": (ReptileConfig(inner_lr=0.05), ReplayConfig(strength=0.25)),
 }
-OWNERS = ("maml_prox", "reptile")
 RUNS = [
     (name, kind) for name in CASES for kind in ("full", "lora") if (name, kind) != ("si", "lora")
 ]
