@@ -78,4 +78,5 @@ class Retention(Frozen):
     merge_back: Annotated[float, Field(ge=0, lt=1)] | Literal["search"] | None = (
         None  # how far the published weights go back to the base; `search`: as far as helps
     )
+    shift_report: bool = False  # measure the shift between domain and general rows at the end
     general_data: str | None = None  # id of a file of training rows; None: the base model's own

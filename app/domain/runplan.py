@@ -86,6 +86,7 @@ class RunPlan(Frozen):
     stages: tuple[StagePlan, ...] = ()  # empty: one stage, all of the training rows
     student: ResolvedStudent | None = None
     merge_back: float | Literal["search"] | None = None
+    shift_report: bool = False  # also without a strategy that asks for it
     models: dict[str, str] = Field(
         default_factory=dict
     )  # other models that strategies name, as local directories

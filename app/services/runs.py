@@ -151,6 +151,7 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
         stages=_stages(session, spec, scratch, inputs),
         student=spec.student,
         merge_back=None if retention is None else retention.merge_back,
+        shift_report=retention is not None and retention.shift_report,
         models=_models(session, job, spec, scratch, inputs),
         policy=policy,
         benchmarks=_benchmarks(session, job, spec, base, scratch, inputs),

@@ -15,6 +15,7 @@ from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import load_checkpoint
 from workers.training.exporting import write_artifact
 from workers.training.session import Session
+from workers.training.shifting import report_shift
 from workers.training.student import distil_student
 from workers.training.suite import Marks
 
@@ -97,6 +98,7 @@ def _publish(session: Session, target: PublishTarget) -> Outcome:
         _merge_back(session, line, outcome)
     line.set(outcome.alpha)
     outcome.valid_loss = _finite(session.validate()[0])
+    report_shift(session, line, outcome.alpha)
     session.enter("exporting")
     outcome.artifact_directory = save_published(session, outcome.alpha)
     if session.plan.student is not None and outcome.failure is None:

@@ -40,7 +40,7 @@ class CausalConfig(StrategyBase):
     )  # groups of words that may stand for one another, beside the built-in given names
     back_translation: BackTranslation | None = None
     cf_fraction: float = Field(default=0.25, gt=0, le=1)  # share of rows with their pair, a step
-    embedding_cosine: tuple[float, float] = (0.75, 0.98)  # kept pairs, where the job has an encoder
+    embedding_cosine: tuple[float, float] | None = None  # of the pairs to keep, by the encoder
     environments: Literal["auto", "tags", "sources"] = "auto"
     vrex_beta: float = Field(default=1.0, ge=0, le=1e6)
     irm_lambda: float = Field(default=0.0, ge=0, le=1e6)
@@ -56,7 +56,7 @@ class CausalConfig(StrategyBase):
             raise ValueError(
                 "back_translation: names two models exactly when pairs is 'back_translation'"
             )
-        low, high = self.embedding_cosine
+        low, high = self.embedding_cosine or (-1, 1)
         if not -1 <= low < high <= 1:
             raise ValueError("embedding_cosine: two numbers from -1 to 1, the lower one first")
         if not (self.consistency_coef or self.vrex_beta or self.irm_lambda or self.coral_coef):

@@ -2,7 +2,6 @@
 
 # Shape letters: B rows, N positions, V vocabulary, D width, E environments, P pairs.
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,14 +20,8 @@ from workers.strategies.base import (
     Stream,
     Term,
 )
-from workers.strategies.invariance import (
-    CORAL_ROWS,
-    Read,
-    StepRisks,
-    consistency,
-    pool,
-    uniform_of,
-)
+from workers.strategies.environments import CORAL_ROWS, Read, StepRisks
+from workers.strategies.invariance import consistency, match_pairs, pool, uniform_of
 from workers.strategies.penalties import divergence_sum
 
 DOMAIN, GENERAL, COUNTERFACTUAL = "domain", "general", "counterfactual"
@@ -49,7 +42,7 @@ class Knobs:
     entities: Sequence[Sequence[str]] = ()
     back_translation: Any = None
     cf_fraction: float = 0.25
-    embedding_cosine: tuple[float, float] = (0.75, 0.98)
+    embedding_cosine: tuple[float, float] | None = None
     environments: Literal["auto", "tags", "sources"] = "auto"
     vrex_beta: float = 1.0
     irm_lambda: float = 0.0
@@ -82,7 +75,8 @@ class Causal(Strategy):
         self.knobs = Knobs(**knobs)
         self._names: tuple[str, ...] = ()  # of the environments
         self._digest = ""
-        self._kept: tuple[tuple[int, str], frozenset[int] | None] | None = None
+        self._near: frozenset[int] | None = None  # rows whose pair the encoder lets pass; None: all
+        self._near_of = ""  # the digest of those pairs
         self._active_steps = 0
         self._scale = 0.0  # strength times ramp
         self._risks: StepRisks | None = None
@@ -167,6 +161,8 @@ class Causal(Strategy):
         self._scale = strength * ramp
         self._risks = None
         self._num_pairs, self._pulled = 0, []
+        if strength > 0 and self.knobs.consistency_coef > 0:
+            self._look_at_pairs(ctx)
 
     def edit_batch(self, ctx: Context, micro: Micro) -> Micro:
         """Puts the counterparts of a share of the domain rows behind the rows."""
@@ -332,45 +328,35 @@ class Causal(Strategy):
         return torch.tensor(found, dtype=torch.int64, device=ctx.device)
 
     def _has_pair(self, ctx: Context, row: int) -> bool:
-        pairs = ctx.pairs[_store(ctx)]
-        if self._kept is None or self._kept[0] != (ctx.task_index, pairs.digest):
-            self._kept = ((ctx.task_index, pairs.digest), self._near_pairs(ctx))
-        kept = self._kept[1]
-        return pairs.row_of[row] >= 0 and (kept is None or row in kept)
+        return ctx.pairs[_store(ctx)].row_of[row] >= 0 and (self._near is None or row in self._near)
 
-    def _near_pairs(self, ctx: Context) -> frozenset[int] | None:
-        """Rows whose counterpart lies within the bounds of the encoder's cosine; None: no encoder."""
+    def _look_at_pairs(self, ctx: Context) -> None:
+        """Which rows have a counterpart within the bounds of the encoder's cosine; every rank asks at once."""
+        bounds, pairs = self.knobs.embedding_cosine, ctx.pairs.get(_store(ctx))
+        if bounds is None or pairs is None or self._near_of == pairs.digest:
+            return
         if ctx.embed is None:
-            return None
-        pairs = ctx.pairs[_store(ctx)]
+            raise ValueError("causal: embedding_cosine is set and the run has no encoder")
         rows = [row for row, other in enumerate(pairs.row_of) if other >= 0]
         left = ctx.embed(_store(ctx), rows)
         right = ctx.embed(pairs.store, [pairs.row_of[row] for row in rows])
-        low, high = self.knobs.embedding_cosine
         cosines = (left * right).sum(-1).tolist()
-        near = frozenset(r for r, c in zip(rows, cosines, strict=True) if low <= c <= high)
+        near = frozenset(
+            r for r, c in zip(rows, cosines, strict=True) if bounds[0] <= c <= bounds[1]
+        )
+        self._near, self._near_of = near, pairs.digest
         ctx.note(
             "causal_pairs_embedded",
-            f"causal: {len(near)} of {len(rows)} pairs lie within {low:g} to {high:g} of the encoder's cosine.",
+            f"causal: {len(near)} of {len(rows)} pairs lie within {bounds[0]:g} to {bounds[1]:g} of the "
+            "encoder's cosine.",
             {"kept": len(near), "pairs": len(rows)},
         )
-        return near
 
     def _pairs_in(self, ctx: Context, micro: Micro) -> tuple[list[int], list[int]]:
         """Rows of the micro-batch, and the row of each one's counterpart."""
         if COUNTERFACTUAL not in micro.sources:
             return [], []
-        row_of = ctx.pairs[_store(ctx)].row_of
-        waiting: dict[int, deque[int]] = {}
-        left, right = [], []
-        for place, (source, row) in enumerate(zip(micro.sources, micro.sample_ids, strict=True)):
-            if source == DOMAIN:
-                waiting.setdefault(row_of[row], deque()).append(place)
-        for place, (source, row) in enumerate(zip(micro.sources, micro.sample_ids, strict=True)):
-            if source == COUNTERFACTUAL and waiting.get(row):
-                left.append(waiting[row].popleft())
-                right.append(place)
-        return left, right
+        return match_pairs(micro, ctx.pairs[_store(ctx)].row_of, DOMAIN, COUNTERFACTUAL)
 
     def _aligned(self, ctx: Context, micro: Micro) -> tuple[list[int], list[int]]:
         """What is compared: rows, or with `answer_kl` the positions of their answers, which are the same tokens."""

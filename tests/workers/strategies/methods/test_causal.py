@@ -265,7 +265,8 @@ def test_a_share_of_the_domain_rows_gets_its_pair_outside_the_cross_entropy():
 
 def test_pairs_outside_the_encoders_bounds_are_left_out_and_told():
     notes = []
-    stage = stage_of(Causal(cf_fraction=1.0, vrex_beta=0.0))
+    bounds = (0.75, 0.98)
+    stage = stage_of(Causal(cf_fraction=1.0, vrex_beta=0.0, embedding_cosine=bounds))
     cosines = torch.linspace(0.5, 1.0, 24, dtype=F64)
 
     def embed(store, rows):
@@ -279,6 +280,7 @@ def test_pairs_outside_the_encoders_bounds_are_left_out_and_told():
     seen = set()
     for step in range(3):
         stage.ctx.step = stage.step = step
+        stage.strategies[0].on_step_start(stage.ctx)
         for micro in stage.micros():
             seen |= {
                 r
