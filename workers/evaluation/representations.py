@@ -86,8 +86,8 @@ class DualEncoder:
         self._model: Any = model
         self._tokenizer = tokenizer
         self._processor = processor
-        config = self._model.config
-        text = getattr(config, "text_config", None) or config.text
+        config: Any = self._model.config
+        text: Any = getattr(config, "text_config", None) or config.text
         self._max_length = int(
             min(getattr(text, "max_position_embeddings", 512), tokenizer.model_max_length)
         )
@@ -112,7 +112,8 @@ class DualEncoder:
             raise ValueError(f"{type(model).__name__} has no text and image towers")
         processor = None
         if (directory / "preprocessor_config.json").exists():
-            processor = AutoImageProcessor.from_pretrained(directory, **local)
+            images: Any = AutoImageProcessor
+            processor = images.from_pretrained(directory, **local)
         tokenizer = AutoTokenizer.from_pretrained(directory, **local)
         model = model.to(device).eval().requires_grad_(requires_grad=False)
         return cls(model, tokenizer, processor, dim=dim, sha256=directory_sha256(directory))
@@ -163,7 +164,7 @@ class DualEncoder:
 
 @functools.cache
 def projection(width: int, dim: int) -> Tensor:
-    """A fixed (width, dim) map with orthonormal rows (up) or columns (down), the same on every machine.
+    """A fixed (width, dim) map with orthonormal rows (up) or columns (down), the same everywhere up to rounding.
 
     Going up it keeps every cosine; going down it is a random subspace, scaled away by the unit length.
     """
@@ -171,7 +172,8 @@ def projection(width: int, dim: int) -> Tensor:
     drawn = torch.randn(max(width, dim), min(width, dim), generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(drawn)
     q = q * torch.sign(torch.diagonal(r))  # the factorisation is unique with a positive diagonal
-    return (q if width >= dim else q.T).float()
+    map_WD: Tensor = q if width >= dim else q.T
+    return map_WD.float()
 
 
 def base_encoder_sha256(base_sha256: str, dim: int) -> str:
@@ -210,4 +212,5 @@ def _mean(states_BTW: Tensor, is_content_BT: Tensor) -> Tensor:
 def _project(keys_BW: Tensor, dim: int) -> Tensor:
     width = keys_BW.shape[1]
     keys_BD = keys_BW if width == dim else keys_BW @ projection(width, dim)
-    return keys_BD / keys_BD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    lengths_B1: Tensor = keys_BD.norm(dim=1, keepdim=True)
+    return keys_BD / lengths_B1.clamp_min(1e-12)

@@ -12,7 +12,8 @@ APART = -2.0  # in place of a cosine, of what is never compared
 
 def unit(keys_ND: Tensor) -> Tensor:
     """Keys of length 1; a key of zeros stays."""
-    return keys_ND / keys_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    lengths_N1: Tensor = keys_ND.norm(dim=1, keepdim=True)
+    return keys_ND / lengths_N1.clamp_min(1e-12)
 
 
 def herd(keys_ND: Tensor, count: int) -> list[int]:
@@ -21,17 +22,19 @@ def herd(keys_ND: Tensor, count: int) -> list[int]:
     Argmin over what is left of |mu - (S + phi) / (j + 1)| (iCaRL, Rebuffi et al. 2017, algorithm 4), ties
     to the lower index, in float64.
     """
-    left_ND = keys_ND.double()
-    mean_D = left_ND.mean(0) if len(left_ND) else torch.zeros(0)
+    phi_ND = keys_ND.double()
+    mean_D = phi_ND.mean(0) if len(phi_ND) else torch.zeros(0)
     total_D = torch.zeros_like(mean_D)
-    free = torch.ones(len(left_ND), dtype=torch.bool)
+    squares_N = (phi_ND * phi_ND).sum(1)
+    taken_N = torch.zeros(len(phi_ND), dtype=torch.float64)
     order: list[int] = []
-    for step in range(min(count, len(left_ND))):
-        distance_N = (mean_D - (total_D + left_ND) / (step + 1)).norm(dim=1)
-        distance_N[~free] = torch.inf
-        best = int(distance_N.argmin())
-        free[best] = False
-        total_D += left_ND[best]
+    for count_after in range(1, min(count, len(phi_ND)) + 1):
+        # |a - phi / n|^2 without its constant |a|^2, where a = mu - S / n: one product a step
+        missing_D = mean_D - total_D / count_after
+        gain_N = squares_N / count_after**2 - 2 * (phi_ND @ missing_D) / count_after
+        best = int((gain_N + taken_N).argmin())
+        taken_N[best] = torch.inf
+        total_D += phi_ND[best]
         order.append(best)
     return order
 

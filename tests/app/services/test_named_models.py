@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from app.cli.models import models as models_cli
 from app.db.repositories.registry import RegistryRepository
 from app.db.session import SessionFactory
+from app.domain.configs.base import ModelKind
 from app.domain.configs.memory import MemoryConfig
 from app.domain.runplan import RunPlan
 from app.domain.spec import JobSpec
@@ -163,7 +164,7 @@ def test_other_kinds_are_registered_with_all_that_they_need(
     session_factory: SessionFactory,
     settings: Settings,
     tmp_path: Path,
-    kind: str,
+    kind: ModelKind,
     config: dict[str, object],
     names: tuple[str, ...],
 ) -> None:
@@ -189,7 +190,7 @@ def test_a_model_of_another_kind_is_refused(
     session_factory: SessionFactory,
     settings: Settings,
     tmp_path: Path,
-    kind: str,
+    kind: ModelKind,
     config: dict[str, object],
     message: str,
 ) -> None:

@@ -186,7 +186,8 @@ def test_duplicates_are_those_of_one_comparison_after_the_other(policy):
     centred = unit - unit.double().mean(0).float()
     centred = centred / centred.norm(dim=1, keepdim=True)
     random = np.random.Generator(np.random.PCG64(3))
-    held, seen, duplicates = [], 0, 0
+    held: list[int] = []
+    seen = duplicates = 0
     for row in range(700):
         if held and float((centred[held] @ centred[row]).max()) >= 0.9:
             duplicates += 1

@@ -180,7 +180,7 @@ def test_a_named_encoder_reads_the_rows_as_text_by_its_own_tokenizer(tmp_path):
     assert run.ctx.encoder() == encoder.sha256 == run.strategies[0].store.encoder
     tokenizer = AutoTokenizer.from_pretrained(tiny_base())
     texts = [
-        tokenizer.decode(run.stores["general"].row(row)[0].tolist(), skip_special_tokens=True)
+        str(tokenizer.decode(run.stores["general"].row(row)[0].tolist(), skip_special_tokens=True))
         for row in (3, 5)
     ]
     assert torch.allclose(run.ctx.embed("general", [3, 5]), encoder.encode_texts(texts), atol=1e-6)

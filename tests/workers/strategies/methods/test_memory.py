@@ -91,7 +91,12 @@ def test_rows_that_repeat_a_benchmark_are_never_remembered():
 def test_no_more_rows_are_read_than_asked_for_and_they_are_a_uniform_sample():
     stage, memory = stage_of(start=False, nll_quantile=0.0, fill_rows=5)
     asked = []
-    stage.ctx.overlaps = lambda _, rows: asked.append(rows) or [False] * len(rows)
+
+    def overlaps(_, rows):
+        asked.append(rows)
+        return [False] * len(rows)
+
+    stage.ctx.overlaps = overlaps
     counts = torch.zeros(20)
     for seed in range(300):
         stage.ctx.run_seed = seed
