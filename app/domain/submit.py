@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from app.domain.auto import Job, choose_strategies
-from app.domain.configs.distillation import DistillationConfig
+from app.domain.configs.distillation import DistillationConfig, find_distillation_problem
 from app.domain.configs.hybrid import check_hybrid_optimizer
+from app.domain.configs.replay import ReplayConfig
 from app.domain.levers import check_lever
 from app.domain.policy import Policy, Retention
 from app.domain.spec import CreateJob, Hyperparameters, ResolvedTraining
@@ -185,17 +186,17 @@ def _check_strategies(strategies: Sequence[StrategyConfig], *, has_general_data:
                 path,
                 "general_data_required",
             )
-    if "distillation" in seen and "replay" not in seen:
-        _check_distillation(strategies)
+    _check_distillation(strategies)
 
 
 def _check_distillation(strategies: Sequence[StrategyConfig]) -> None:
+    replay = next((s for s in strategies if isinstance(s, ReplayConfig)), None)
     for place, strategy in enumerate(strategies):
-        if isinstance(strategy, DistillationConfig) and "replay" in strategy.on:
-            path = f"retention.strategies.{place}.on"
-            raise BadRequest(
-                f"{path}: 'replay' names the rows of a replay strategy, and the job has none.", path
-            )
+        if isinstance(strategy, DistillationConfig):
+            problem = find_distillation_problem(strategy, replay)
+            if problem is not None:
+                path = f"retention.strategies.{place}.on"
+                raise BadRequest(f"{path}: {problem}.", path)
 
 
 def _sequence_length(asked: int | None, context_length: int | None) -> int:

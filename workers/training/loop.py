@@ -126,6 +126,7 @@ def enter_due_task(run: Run) -> None:
         strategy.on_task_end(run.ctx)
     run.enter(index)
     start_task(run)
+    run.teacher.check()
 
 
 def start_task(run: Run) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from app.domain.configs.base import StrategyBase
+from app.domain.configs.replay import ReplayConfig
 
 Source = Literal["domain", "general", "replay", "generated"]
 
@@ -67,3 +68,19 @@ class DistillationConfig(StrategyBase):
     def keeps_domain_rows(self) -> bool:
         """Whether checkpoints hold text of domain rows: the prompts that the model has continued."""
         return "generated" in self.on and self.generated_prompts == "prompt"
+
+
+def find_distillation_problem(
+    config: DistillationConfig, replay: ReplayConfig | None
+) -> str | None:
+    """What is wrong with `on`, given the job's replay; None where nothing is."""
+    if "replay" not in config.on:
+        return None
+    if replay is None:
+        return "'replay' names the rows of a replay strategy, and the job has none"
+    if replay.source == "none":
+        return (
+            "'replay' names general or decoded rows, and the job's replay has source 'none': it replays"
+            " earlier domains' rows, on which the base is no teacher"
+        )
+    return None
