@@ -30,7 +30,6 @@ from workers.strategies.penalties import (
     LoraPenalty,
     add_lora_gradient,
     add_pull_gradients,
-    lora_distance_penalty,
     lora_penalty,
     wide_type,
 )
@@ -279,19 +278,7 @@ class SequenceAnchor(QuadraticAnchor):
 
     def pair_penalty(self, pair: LoraPair) -> LoraPenalty:
         """The sum over the starting model and the finished tasks."""
-        factors = (pair.lora_A.detach(), pair.lora_B.detach())
-        parts = [
-            lora_penalty(*factors, pair.scale, rows_O=term.rows_O, columns_I=term.columns_I)
-            if term.lora_A_RI is None or term.lora_B_OR is None
-            else lora_distance_penalty(
-                factors,
-                (term.lora_A_RI, term.lora_B_OR),
-                pair.scale,
-                rows_O=term.rows_O,
-                columns_I=term.columns_I,
-            )
-            for term in self._terms(pair.name)
-        ]
+        parts = [_pair_penalty(pair, term) for term in self._terms(pair.name)]
         total = parts[0]
         for part in parts[1:]:
             total = LoraPenalty(*(left + right for left, right in zip(total, part, strict=True)))
@@ -369,3 +356,18 @@ class _Term(NamedTuple):
     columns_I: Tensor
     lora_A_RI: Tensor | None
     lora_B_OR: Tensor | None
+
+
+def _pair_penalty(pair: LoraPair, term: _Term) -> LoraPenalty:
+    """One quadratic: the difference of two adapters' changes is that of one of twice the rank,
+    scale * [B, -B'] [A; A'].
+    """
+    lora_A_RI, lora_B_OR = pair.lora_A.detach(), pair.lora_B.detach()
+    rank = lora_A_RI.shape[0]
+    if term.lora_A_RI is not None and term.lora_B_OR is not None:
+        lora_A_RI = torch.cat([lora_A_RI, term.lora_A_RI.to(lora_A_RI.dtype)])
+        lora_B_OR = torch.cat([lora_B_OR, -term.lora_B_OR.to(lora_B_OR.dtype)], dim=1)
+    penalty = lora_penalty(
+        lora_A_RI, lora_B_OR, pair.scale, rows_O=term.rows_O, columns_I=term.columns_I
+    )
+    return LoraPenalty(penalty.value, penalty.grad_A_RI[:rank], penalty.grad_B_OR[:, :rank])

@@ -77,37 +77,6 @@ def lora_penalty(
     )
 
 
-def lora_distance_penalty(
-    factors: tuple[Tensor, Tensor],
-    anchor: tuple[Tensor, Tensor],
-    scale: float,
-    *,
-    rows_O: Tensor | None = None,
-    columns_I: Tensor | None = None,
-) -> LoraPenalty:
-    """1/2 * sum over ij of u_i v_j (dW - dW')_ij^2, the weighted distance of two adapters' changes.
-
-    The difference is itself an adapter's change, of twice the rank: scale * [B, -B'] [A; A'].
-
-    Args:
-        factors: A (R, I) and B (O, R) of the adapter; the gradients are theirs.
-        anchor: A' and B' of the other one, of any rank.
-        scale: Of both.
-        rows_O: Importance u of each output; None means 1.
-        columns_I: Importance v of each input; None means 1.
-    """
-    (lora_A_RI, lora_B_OR), (other_A, other_B) = factors, anchor
-    rank = lora_A_RI.shape[0]
-    penalty = lora_penalty(
-        torch.cat([lora_A_RI, other_A.to(lora_A_RI.dtype)]),
-        torch.cat([lora_B_OR, -other_B.to(lora_B_OR.dtype)], dim=1),
-        scale,
-        rows_O=rows_O,
-        columns_I=columns_I,
-    )
-    return LoraPenalty(penalty.value, penalty.grad_A_RI[:rank], penalty.grad_B_OR[:, :rank])
-
-
 def layer_cap(gradient_norm: Tensor, pull_norm: Tensor, rho: float) -> Tensor:
     """min(1, rho * |g| / |pull|), a LARS-like factor that only ever shrinks a block's pull.
 
