@@ -80,11 +80,23 @@ class InputBases:
                     found[name] = module
         return found
 
-    def learn(self, ctx: Context, micros: Iterable[Micro]) -> None:
-        """Extends the bases by the inputs that the rows give the layers as they are now; summed over ranks."""
+    def missing(self, ctx: Context) -> frozenset[str]:
+        """Trained weights of linear layers whose inputs have not been learnt, such as a new adapter's."""
+        return frozenset(self.names(ctx)) - self.bases.keys()
+
+    def learn(
+        self, ctx: Context, micros: Iterable[Micro], only: frozenset[str] | None = None
+    ) -> None:
+        """Extends the bases by the inputs that the rows give the layers as they are now; summed over ranks.
+
+        Args:
+            ctx: Of the run.
+            micros: This rank's share of the rows.
+            only: Weights whose bases are extended; None: all.
+        """
         if ctx.forward is None:
             raise ValueError("progressive: the context gives no forward")
-        layers = self.names(ctx)
+        layers = {n: m for n, m in self.names(ctx).items() if only is None or n in only}
         width = {name: ctx.params[name].shape[1] for name in layers}
         grams = {
             name: torch.zeros(k, k, dtype=torch.float64, device=ctx.device)

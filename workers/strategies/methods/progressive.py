@@ -157,8 +157,8 @@ class Progressive(Strategy):
         self.curriculum.measure(ctx)
         if self.mode in ("cone", "a_gem"):
             self.reference.start_task(ctx)
-        if self.mode == "gpm" and not self.bases.bases:
-            self._learn(ctx, "general", range(ctx.num_general_rows))
+        if self.mode == "gpm" and (missing := self.bases.missing(ctx)):
+            self._learn(ctx, "general", range(ctx.num_general_rows), missing)
         if self.mode == "gpm" and ctx.strength(self.kind) > 0:
             self._clear_adapters(ctx)
         if self.record_trajectory:
@@ -290,12 +290,14 @@ class Progressive(Strategy):
     def _general_share(self) -> float:
         return self.curriculum.mixed / (1.0 + self.curriculum.mixed)
 
-    def _learn(self, ctx: Context, store: str, rows: Sequence[int]) -> None:
+    def _learn(
+        self, ctx: Context, store: str, rows: Sequence[int], only: frozenset[str] | None = None
+    ) -> None:
         if not rows:
             raise ValueError("progressive: there are no general rows whose inputs gpm could keep")
         order = torch.randperm(len(rows), generator=ctx.generator(f"{self.kind}/{store}"))
         chosen = sorted(rows[i] for i in order[: self.gpm_rows].tolist())
-        self.bases.learn(ctx, ctx.store_micros(store, chosen))
+        self.bases.learn(ctx, ctx.store_micros(store, chosen), only)
 
     def _clear_adapters(self, ctx: Context) -> None:
         """Fresh adapters read nothing of old inputs: with A M = 0, whatever B becomes, they see B A M = 0."""

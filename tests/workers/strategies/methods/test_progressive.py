@@ -214,6 +214,20 @@ def test_gpm_learns_the_finished_tasks_inputs_too():
     assert all(strategy.bases.bases[name] is basis for name, basis in learnt.items())
 
 
+def test_a_weight_that_a_later_task_adds_learns_the_general_inputs_alone():
+    stage, strategy, _ = make(mode="gpm", gpm_threshold=0.9, gpm_rows=20)
+    learnt = dict(strategy.bases.bases)
+    del strategy.bases.bases["layer.weight"]
+    stage.ctx.task_index = 1
+    strategy.on_task_start(stage.ctx)
+    assert strategy.bases.bases["head.weight"] is learnt["head.weight"]
+    assert strategy.bases.bases["layer.weight"].shape == learnt["layer.weight"].shape
+    frozen, _, _ = make(mode="gpm", gpm_rows=20, start=False)
+    del frozen.ctx.params["layer.weight"], frozen.ctx.params["head.weight"]
+    frozen.strategies[0].on_task_start(frozen.ctx)
+    assert not frozen.strategies[0].bases.bases
+
+
 def test_the_next_task_is_held_to_the_last_ones_mean_from_its_first_step():
     stage, strategy, spy = make(0.9, mode="cone", warmup_ref_steps=100, ref_beta=0.5)
     stage.train(4)
