@@ -5,6 +5,7 @@ from typing import Final, NamedTuple
 
 from app.domain.configs.adapters import DomainAdaptersConfig, find_adapter_problem
 from app.domain.configs.hybrid import check_hybrid_optimizer
+from app.domain.configs.quadratic import check_quadratic
 from app.domain.strategies import StrategyConfig
 from app.errors import BadRequest
 
@@ -44,6 +45,7 @@ def check_conflicts(strategies: Sequence[StrategyConfig], job: Surroundings) -> 
             first, second = sorted(pair, key=lambda kind: places[kind])
             _refuse(f"retention.strategies.{places[second]}", f"'{second}' and '{first}': {why}.")
     check_hybrid_optimizer(strategies, lora=job.lora, weight_decay=job.weight_decay)
+    check_quadratic(strategies, lora=job.lora, num_stages=max(len(job.stage_names), 1))
     for place, config in enumerate(strategies):
         path = f"retention.strategies.{place}"
         if job.no_rows_kept and config.keeps_domain_rows:

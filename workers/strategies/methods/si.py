@@ -62,16 +62,17 @@ class Si(QuadraticAnchor):
         return Cost(step_share=0.05, trainable_copies=6.0)
 
     def on_task_start(self, ctx: Context) -> None:
-        """Begins the path.
+        """Begins the path; a last stage that trains an adapter on frozen weights has nothing to hold.
 
         Raises:
-            ValueError: The run trains adapters.
+            ValueError: The run trains adapters from the start.
         """
-        if ctx.lora_pairs:
+        if ctx.lora_pairs and ctx.task_index == 0:
             raise ValueError(
                 "si: an adapter's entries have no path of their own; it needs full tuning"
             )
-        self.start = {n: p.detach().to(wide_type(p), copy=True) for n, p in ctx.params.items()}
+        params = {} if ctx.lora_pairs else ctx.params
+        self.start = {n: p.detach().to(wide_type(p), copy=True) for n, p in params.items()}
         self.omega = {name: torch.zeros_like(theta) for name, theta in self.start.items()}
 
     def read_grads(self, ctx: Context) -> None:
@@ -79,8 +80,13 @@ class Si(QuadraticAnchor):
         self._before = {
             name: (p.grad.detach().to(wide_type(p), copy=True), p.detach().clone())
             for name, p in ctx.params.items()
-            if p.grad is not None
+            if p.grad is not None and name in self.omega
         }
+
+    def add_grads(self, ctx: Context) -> None:
+        """Adds the penalty's gradient in gradient mode; none to adapters."""
+        if not ctx.lora_pairs:
+            super().add_grads(ctx)
 
     def on_step_end(self, ctx: Context) -> None:
         """Adds the step's share of the path integral."""
@@ -90,7 +96,7 @@ class Si(QuadraticAnchor):
 
     def on_task_end(self, ctx: Context) -> None:
         """Consolidates the task; nothing comes after the last one that it would hold."""
-        if ctx.task_index + 1 >= ctx.num_tasks:
+        if ctx.task_index + 1 >= ctx.num_tasks or not self.start:
             return
         share = {}
         for name, start in self.start.items():
@@ -104,7 +110,8 @@ class Si(QuadraticAnchor):
 
     def expected_state(self, ctx: Context) -> dict[str, torch.Size]:
         """The path of each weight; importance and anchor come with the first finished task."""
-        return {f"{kind}/{n}": p.shape for kind in (OMEGA, START) for n, p in ctx.params.items()}
+        params = {} if ctx.lora_pairs else ctx.params
+        return {f"{kind}/{n}": p.shape for kind in (OMEGA, START) for n, p in params.items()}
 
     def state_dict(self) -> StateDict:
         """Importance and anchor, the path so far and where it began."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from app.domain.configs.quadratic import EwcConfig, SiConfig, check_quadratic
 from app.errors import BadRequest
-from tests.workers.strategies.stage import F64, Stage
+from tests.workers.strategies.stage import F64, Stage, same
 from workers.strategies.methods.l2sp import L2Sp
 from workers.strategies.methods.si import Si
 
@@ -114,6 +114,15 @@ def test_gradients_of_other_penalties_do_not_enter_the_path():
         p.grad is not None and not torch.equal(p.grad, task[n]) for n, p in stage.params.items()
     )
     assert all(torch.equal(beside._before[n][0], task[n]) for n in task)
+
+
+def test_a_last_stage_on_an_adapter_is_left_alone():
+    strategy = Si(penalty_mode="gradient")
+    stage = stage_of(strategy, lora=True, task_index=1, strength=1e3)
+    free = Stage([], {}, lora=True, task_index=1)
+    assert same(stage.train(3).weights(), free.train(3).weights())
+    assert strategy.metrics()["applied_norm"] == 0
+    assert strategy.state_dict()["tensors"] == {}
 
 
 def test_a_finished_task_is_forgotten_less():
