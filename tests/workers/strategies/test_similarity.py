@@ -42,7 +42,7 @@ def test_cka_to_the_base_is_one_at_the_start_and_falls_with_the_weights():
     assert set(start) == {0, 1}
     assert list(start.values()) == pytest.approx([1.0, 1.0], abs=1e-12)
     with torch.no_grad():
-        stage.model.layer.weight.add_(states(6, 6, 6))
+        stage.params["layer.weight"].add_(states(6, 6, 6))
     moved = cka_to_base(stage.ctx, "general", rows)
     assert moved[0] == pytest.approx(1.0, abs=1e-12)  # the embeddings are as they were
     assert moved[1] < 0.99
