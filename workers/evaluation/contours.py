@@ -25,13 +25,11 @@ def draw_surfaces(surfaces: Sequence[Surface], path: Path) -> None:
     figure = Figure(figsize=(4.1 * len(surfaces) + 1.1, 4.9), layout="constrained", dpi=160)
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(surfaces), sharex=True, sharey=True, squeeze=False)[0]
-    filled = None
-    for surface, panel in zip(surfaces, panels, strict=True):
-        filled = _draw_panel(panel, surface, levels)
+    drawn = [_draw_panel(panel, s, levels) for s, panel in zip(surfaces, panels, strict=True)]
     panels[0].set_ylabel("second direction: random, filter-normalised", color=INK)
-    bar = figure.colorbar(filled, ax=list(panels), shrink=0.86, pad=0.02, aspect=26)
+    bar = figure.colorbar(drawn[0], ax=list(panels), shrink=0.86, pad=0.02, aspect=26)
     bar.set_label("loss, nats per token", color=INK)
-    ticks = levels[:: max(len(levels) // 6, 1)]
+    ticks = levels[:: max(len(levels) // 6, 1)].tolist()
     bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.minorticks_off()
     bar.outline.set_visible(False)

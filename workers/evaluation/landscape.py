@@ -146,7 +146,8 @@ def filter_norms(weight: Tensor, *, by_column: bool = False) -> Tensor:
         dims: tuple[int, ...] = (-2,)
     else:
         dims = (-1,) if weight.ndim < 4 else tuple(range(1, weight.ndim))
-    return torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+    return norms
 
 
 def difference(of: nn.Module, to: nn.Module) -> Direction:

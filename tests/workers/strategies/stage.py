@@ -151,10 +151,14 @@ class Stage:
         if self.is_sorted:
             self.strategies = sorted(self.strategies, key=lambda s: s.kind)
         self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        pairs = tuple(
-            LoraPair(name, layer.lora_A, layer.lora_B, layer.scale, layer.base.weight)
+        adapted: dict[str, Any] = {
+            name: layer
             for name, layer in self.model.named_modules()
             if isinstance(layer, AdaptedLinear)
+        }
+        pairs = tuple(
+            LoraPair(name, layer.lora_A, layer.lora_B, layer.scale, layer.base.weight)
+            for name, layer in adapted.items()
         )
         self.ctx = Context(
             model=self.model,
