@@ -46,7 +46,7 @@ class Reptile(Strategy):
 
     def cost(self) -> Cost:
         """Every row is read once; smaller batches, a copy of the weights and a pass over them each step."""
-        return Cost(step_share=0.1, trainable_copies=2.0)
+        return Cost(step_share=0.5, trainable_copies=2.0)
 
     def on_step_start(self, ctx: Context) -> None:
         """Forgets the last step's number."""
