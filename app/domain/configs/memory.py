@@ -17,7 +17,7 @@ class MemoryConfig(StrategyBase):
     capacity: int = Field(default=10_000, ge=8, le=1_000_000)  # entries
     dim: int = Field(default=512, ge=8, le=8192)  # of a representation
     policy: Literal["quota_reservoir", "reservoir", "herding"] = "quota_reservoir"
-    dup_threshold: float = Field(default=0.95, gt=0, le=1)  # cosine, within a modality
+    dup_threshold: float | None = Field(default=None, gt=0, le=1)  # cosine; None: by the encoder
     nll_quantile: float = Field(default=0.1, ge=0, lt=1)  # share of rows the base knows best
     fill_rows: int = Field(default=2048, ge=1, le=1_000_000)  # rows read of a finished domain
     encoder: str | None = Field(default=None, min_length=1, max_length=128)  # None: the base model

@@ -191,6 +191,12 @@ def test_a_run_without_representations_is_refused():
         Memory().store.search(torch.zeros(1, 512), 1)
 
 
+def test_what_counts_as_a_repetition_follows_the_encoder_unless_it_is_said():
+    assert Memory().dup_threshold == 0.999
+    assert Memory(encoder="clip").dup_threshold == 0.95
+    assert Memory(encoder="clip", dup_threshold=0.9).dup_threshold == 0.9
+
+
 def test_the_strength_is_capped_at_half_a_batch():
     assert MemoryConfig(strength=0.5).strength == 0.5
     with pytest.raises(ValidationError, match=r"less than or equal to 0\.5"):
