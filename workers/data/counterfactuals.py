@@ -267,7 +267,10 @@ class _Builder:
             seen.add(text)
             if why is None:
                 (encoded,) = self._encoder.encode([self._renderer.render_row(other)])
-                ids, weights = (part[: self._max_seq_length] for part in encoded)
+                ids, weights = (
+                    encoded[0][: self._max_seq_length],
+                    encoded[1][: self._max_seq_length],
+                )
                 # What is compared are the same tokens at other places: also where rows were cut.
                 if np.array_equal(_targets(ids, weights), _targets(*own)):
                     passing.append((ids, weights))

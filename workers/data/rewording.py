@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -74,8 +75,7 @@ def swap_entities(groups: Sequence[Sequence[str]] = ()) -> Rule:
     becomes one that does, for the article's sake.
     """
     chosen = [(tuple(group), _words_of(group, re.IGNORECASE)) for group in groups]
-    for group in _NAMES:
-        chosen.append((group, _words_of([*group, *map(str.upper, group)], re.NOFLAG)))
+    chosen += [(group, _words_of([*group, *map(str.upper, group)], re.NOFLAG)) for group in _NAMES]
 
     def rule(parts: Parts, answers: Sequence[str], rng: np.random.Generator) -> Parts:
         for group, pattern in chosen:
@@ -156,8 +156,12 @@ def _contract(text: str, answers: Sequence[str], *, casual: bool) -> str:
         if not any(
             pattern.search(answer) or old.casefold() in answer.casefold() for answer in answers
         ):
-            text = pattern.sub(lambda m, new=new: _cased_like(new, m.group()), text)
+            text = pattern.sub(partial(_put, new), text)
     return text
+
+
+def _put(word: str, match: re.Match[str]) -> str:
+    return _cased_like(word, match.group())
 
 
 def _words_of(group: Sequence[str], flags: re.RegexFlag) -> re.Pattern[str]:

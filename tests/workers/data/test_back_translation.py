@@ -39,11 +39,11 @@ def make_t5(directory, seed):
         num_heads=2,
         pad_token_id=0,
         eos_token_id=2,
-        decoder_start_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = T5ForConditionalGeneration(config)
+    model.generation_config.decoder_start_token_id = 0
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return str(directory)
@@ -125,8 +125,11 @@ PROPOSALS = {
 }
 
 
-class Scripted:
+class Scripted(BackTranslator):
     """Stands for two translators."""
+
+    def __init__(self):
+        pass
 
     def propose(self, rows, lines):
         return [

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def write_questions(path, count, seed, *, tagged=False, uploaded=False):
     lines = []
     for index in range(count):
         word = str(generator.choice(WORDS))
-        row = {"prompt": f"Anna and Boris say {word} {index}: ", "completion": word}
+        row: dict[str, Any] = {"prompt": f"Anna and Boris say {word} {index}: ", "completion": word}
         if uploaded:
             row["counterfactual"] = {**row, "prompt": f"What do they say? {word} {index}: "}
         if tagged:

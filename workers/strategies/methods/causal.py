@@ -132,6 +132,7 @@ class Causal(Strategy):
             ValueError: No row has a counterpart, or a step has too few rows of an environment.
         """
         k = self.knobs
+        self._queues = {}  # another task's environments
         pairs = ctx.pairs.get(_store(ctx))
         if k.consistency_coef > 0 and (pairs is None or max(pairs.row_of, default=-1) < 0):
             raise ValueError(

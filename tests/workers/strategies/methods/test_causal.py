@@ -1,6 +1,7 @@
 """Causal: its penalties against autograd and closed forms, and its terms against a written-out loss."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -176,7 +177,11 @@ def written_out(stage, knobs, strength, *, tags=None):
 @pytest.mark.parametrize("coral_coef", [0.0, 0.5])
 def test_terms_over_any_micro_batches_are_the_written_out_penalty(micro_rows, coral_coef):
     knobs = {**BOTH, "coral_coef": coral_coef, "general_ratio": 1.0, "anneal": 0.0}
-    size = {"batch_size": 32, "training": make_rows(40, 1), "general": make_rows(40, 2)}
+    size: dict[str, Any] = {
+        "batch_size": 32,
+        "training": make_rows(40, 1),
+        "general": make_rows(40, 2),
+    }
     whole = away(stage_of(Causal(**knobs), strength=2.0, micro_rows=1000, **size))
     whole.strategies[0].on_step_start(whole.ctx)
     expected_value = written_out(whole, knobs, 2.0)
