@@ -7,7 +7,7 @@ With dW_j = scale_j * B_j A_j and weights w_j (card 3, equations):
 - `ties` (Yadav 2023): each dW_j keeps the share `density` of its entries that are largest in magnitude; an
   entry's sign is that of sum_j w_j dW_j; its value is the mean, weighted by |w_j|, of the entries that agree
   with that sign. Libraries differ here: peft elects before it weights and divides by the count.
-- `dare` (Yu 2023): every entry is kept with probability `density` and divided by it, then summed as by `cat`:
+- `dare` (Yu 2024): every entry is kept with probability `density` and divided by it, then summed as by `cat`:
   the expectation is that sum.
 """
 
