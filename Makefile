@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test up check bench format
+.PHONY: setup demo test up check bench board format
 setup: $(STAMP)  ## create .venv with everything, ready to run
 
 $(STAMP): requirements.lock pyproject.toml
@@ -24,6 +24,9 @@ check: setup  ## format, lint, types, import contracts, migration drift
 bench: setup  ## side-by-side speed ratios; see tests/benchmarks/RESULTS.md
 	@$(BIN)/pip install -q --no-deps -r tests/benchmarks/requirements.lock
 	@$(BIN)/python -m tests.benchmarks
+
+board: setup  ## every strategy and combination on one board; goes on where it was interrupted
+	@$(BIN)/python -m tests.benchmarks.board $(BOARD)
 
 format: setup
 	@$(BIN)/ruff check --fix-only --quiet app workers tests migrations; $(BIN)/ruff format app workers tests migrations

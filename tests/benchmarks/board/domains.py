@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
 
-from workers.demo_model.skills import NAMES, PEOPLE, Question
+from workers.demo_model.skills import NAMES, PEOPLE, Question, Sample
 
 WRONG_LABELS = 0.03  # share, in rows and items alike: so much no model can get right
 
@@ -143,14 +143,20 @@ SPENDING = HardDomain(
 DOMAINS = (TICKETS, TRIAGE, CLAUSES, SPENDING)  # the order in which a sequence learns them
 
 
-def draw_note(rng: Random) -> str:
-    """A sentence with phrases of one kind, with a label, or with a subject; never a phrase beside its label.
+def draw_mention(rng: Random) -> Sample:
+    """What the base model meets of the domains' words: never a phrase beside its label.
 
-    A base that has never met the words of a domain can't learn it with small adapters.
+    Notes show labels and subjects; questions ask for a phrase of the same kind. A base that can't tell kinds
+    of phrases apart does not learn a domain with small adapters at all: measured, they stay at the most
+    frequent label.
     """
     domain = rng.choice(DOMAINS)
     writer, label = rng.choice(PEOPLE), rng.choice(tuple(domain.phrases))
-    if rng.random() < 0.3:
-        return f"note {rng.randrange(1, 30)} : the {writer} asked {rng.choice(NAMES)} about {label}"
     first, second = rng.sample(domain.phrases[label], 2)
-    return f"note : the {writer} wrote of the {rng.choice(domain.subjects)} , {first} and {second}"
+    subject, way = rng.choice(domain.subjects), rng.random()
+    if way < 0.25:
+        text = f"note {rng.randrange(1, 30)} : the {writer} asked {rng.choice(NAMES)} about {label}"
+        return Sample(text, None)
+    if way < 0.5:
+        return Sample(f"note : the {writer} wrote of the {subject} , {first} and {second}", None)
+    return Sample(f"the {writer} wrote of the {subject} and {first} . like", second)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.benchmarks.board.domains import DOMAINS, HardDomain, draw_note
+from tests.benchmarks.board.domains import DOMAINS, HardDomain, draw_mention
 from workers.demo_model.skills import GENERATORS, SEEN, UNSEEN, Question, Questions, Sample
 
 GENERAL = "general"
@@ -25,9 +25,9 @@ Row = tuple[NDArray[np.int32], NDArray[np.float32]]
 class Sizes:
     """How much of everything a seed has."""
 
-    pretraining_steps: int = 1000
+    pretraining_steps: int = 900
     pretraining_rows: int = 2300  # a skill
-    notes: int = 8000
+    mentions: int = 6000
     general_rows: int = 400  # a seen skill
     unseen_items: int = 400  # a skill
     seen_items: int = 60  # a skill
@@ -89,7 +89,7 @@ def load_material(directory: Path, seed: int, sizes: Sizes = SIZES) -> Material:
     )
 
 
-def encode_row(tokenizer: Any, prompt: str, answer: str) -> Row:  # noqa: ANN401 - transformers has no types
+def encode_row(tokenizer: Any, prompt: str, answer: str) -> Row:
     """A chat row as training renders it: loss on the answer and its end."""
     head, whole = _render(tokenizer, prompt, answer)
     weights = np.ones(len(whole), np.float32)
@@ -97,7 +97,7 @@ def encode_row(tokenizer: Any, prompt: str, answer: str) -> Row:  # noqa: ANN401
     return np.asarray(whole, np.int32), weights
 
 
-def _render(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:  # noqa: ANN401
+def _render(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     turns = [{"role": "user", "content": prompt}]
     head = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     turns.append({"role": "assistant", "content": answer})
@@ -133,7 +133,7 @@ def draw(seed: int, sizes: Sizes = SIZES) -> tuple[list[Sample], Drawn]:
         for skill in GENERATORS
         for q in questions.draw(skill, sizes.pretraining_rows)
     ]
-    samples += [Sample(draw_note(rng), None) for _ in range(sizes.notes)]
+    samples += [draw_mention(rng) for _ in range(sizes.mentions)]
     parts = [_draw_domain(domain, rng, sizes) for domain in DOMAINS]
     training, validation, items = zip(*parts, strict=True)
     return samples, Drawn(

@@ -66,7 +66,7 @@ class Method:
         return tuple(str(config["type"]) for config in self.strategies)
 
 
-class NotBuilt(Exception):  # noqa: N818 - as the project names errors
+class NotBuilt(Exception):
     """A strategy of the method is not known to this version of the program."""
 
 
@@ -138,7 +138,11 @@ def by_strength(factor: float, kinds: Sequence[str] = ()) -> tuple[Setting, ...]
 
 def by_rate(*others: Setting) -> tuple[Setting, ...]:
     """Four settings: the default and three learning rates, less those that are given."""
-    rates = (Setting("rate x0.4", rate=0.4), Setting("rate x0.15", rate=0.15), Setting("rate x2", rate=2.0))
+    rates = (
+        Setting("rate x0.4", rate=0.4),
+        Setting("rate x0.15", rate=0.15),
+        Setting("rate x2", rate=2.0),
+    )
     return (Setting(), *others, *rates)[:4]
 
 

@@ -34,12 +34,13 @@ class Prepared:
     def prompts(self) -> list[NDArray[np.int32]]:
         """Token ids of each item's prompt, in the order of the items."""
         found = {
-            int(item): ids[:begin] for item, (ids, begin) in zip(self.item_of, self.rows, strict=True)
+            int(item): ids[:begin]
+            for item, (ids, begin) in zip(self.item_of, self.rows, strict=True)
         }
         return [found[item] for item in range(self.num_items)]
 
 
-def prepare(tokenizer: Any, questions: Sequence[Question], *, choices: bool) -> Prepared:  # noqa: ANN401
+def prepare(tokenizer: Any, questions: Sequence[Question], *, choices: bool) -> Prepared:
     """Tokenises items; without `choices` only the right answer is scored, for exact match alone."""
     rows, item_of, is_right = [], [], []
     for item, question in enumerate(questions):

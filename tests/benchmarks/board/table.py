@@ -17,6 +17,9 @@ ADAPTERS: Mapping[str, Any] = MappingProxyType(
     {"type": "domain_adapters", "r": 8}
 )  # by the budget the tiny model would get rank 1
 DISTILL: Mapping[str, Any] = MappingProxyType({"type": "distillation"})
+REPLAY: Mapping[str, Any] = MappingProxyType(
+    {"type": "replay", "strength": 0.3, "domain_store_fraction": 0.1}
+)
 RATIOS = (
     Setting(),
     Setting("strength x3", strength=3.0),
@@ -43,10 +46,20 @@ STRATEGIES = (
     _named("si"),
     _named("mas"),
     Method("replay", ({"type": "replay"},), RATIOS),
-    Method("distillation", (DISTILL,), by_strength(3.0)),
+    Method("replay (and earlier domains)", (REPLAY,), by_strength(1.6, ("replay",))),
     Method(
-        "distillation (cached top k)", ({**DISTILL, "teacher": "cached"},), by_strength(3.0)
+        "replay (earlier domains alone)",
+        ({**REPLAY, "source": "none"},),
+        by_strength(1.6, ("replay",)),
     ),
+    Method(
+        "replay (rows the base decoded)",
+        ({**REPLAY, "source": "generated", "generated_tokens": 24},),
+        by_strength(1.6, ("replay",)),
+    ),
+    Method("replay (DER++)", ({**REPLAY, "der_alpha": 0.5},), by_strength(1.6, ("replay",))),
+    Method("distillation", (DISTILL,), by_strength(3.0)),
+    Method("distillation (cached top k)", ({**DISTILL, "teacher": "cached"},), by_strength(3.0)),
     Method(
         "distillation (domain rows, every 4)",
         ({**DISTILL, "on": ("domain",), "every": 4},),
@@ -67,20 +80,27 @@ STRATEGIES = (
         (ADAPTERS,),
         with_fields("domain_adapters", ("r 16", {"r": 16}), ("r 4", {"r": 4})),
         training="lora",
+        general_rows=True,
     ),
     Method(
         "domain_adapters (bottleneck)",
         ({**ADAPTERS, "kind": "bottleneck", "r": 16},),
         with_fields("domain_adapters", ("r 32", {"r": 32}), ("r 8", {"r": 8})),
         training="lora",
+        general_rows=True,
     ),
-    Method("memory", ({"type": "memory"},), RATIOS[:1] + by_rate()[1:2] + by_strength(3.0)[1:3]),
+    Method("memory", ({"type": "memory"},), by_strength(3.0), general_rows=True),
     Method(
         "progressive (cone)",
         (
             {
-                **{"type": "progressive", "mode": "cone", "reference": "general", "curriculum": "none"},
-                **{"mix_start": None, "ref_refresh": 8, "strength": 0.2},
+                "type": "progressive",
+                "mode": "cone",
+                "reference": "general",
+                "curriculum": "none",
+                "mix_start": None,
+                "ref_refresh": 8,
+                "strength": 0.2,
             },
         ),
         (*by_strength(2.0)[:2], Setting("strength x4", strength=4.0), by_rate()[1]),
@@ -89,7 +109,9 @@ STRATEGIES = (
         "progressive (A-GEM)",
         ({"type": "progressive", "mode": "a_gem", "curriculum": "none", "mix_start": None},),
         with_fields(
-            "progressive", ("reference every 8", {"ref_refresh": 8}), ("every 1", {"ref_refresh": 1})
+            "progressive",
+            ("reference every 8", {"ref_refresh": 8}),
+            ("every 1", {"ref_refresh": 1}),
         ),
     ),
     Method(
@@ -109,7 +131,8 @@ STRATEGIES = (
     Method(
         "hybrid_optimizer (toward the base)",
         ({"type": "hybrid_optimizer", "decay_anchor": "pretrained", "wd_backbone": 1.0},),
-        by_strength(10.0)[:2] + with_fields(
+        by_strength(10.0)[:2]
+        + with_fields(
             "hybrid_optimizer", ("weighed by importance", {"importance": "gradient_ema"})
         )[1:],
     ),
@@ -122,7 +145,11 @@ STRATEGIES = (
             ("layer decay 0.2", {"layer_decay": 0.2}),
         ),
     ),
-    Method("freeze", ({"type": "freeze"},), by_rate(Setting("strength x1.6", strength=1.6))),
+    Method(
+        "freeze",
+        ({"type": "freeze"},),
+        by_rate(Setting("embeddings trained", fields={"freeze": {"embeddings": False}})),
+    ),
     Method("maml_prox", ({"type": "maml_prox"},), by_strength(3.0)),
     Method("reptile", ({"type": "reptile"},), by_rate()),
     Method("causal", ({"type": "causal"},), by_strength(3.0)),
@@ -131,19 +158,19 @@ STRATEGIES = (
 COMBINATIONS = (
     Method(
         "replay + distillation",
-        ({"type": "replay", "strength": 0.3}, DISTILL),
+        (REPLAY, DISTILL),
         by_strength(3.0, ("distillation",)),
         group="combination",
     ),
     Method(
         "ewc + replay",
-        ({"type": "ewc"}, {"type": "replay", "strength": 0.3}),
+        ({"type": "ewc"}, REPLAY),
         by_strength(10.0, ("ewc",)),
         group="combination",
     ),
     Method(
         "ewc + replay + distillation",
-        ({"type": "ewc"}, {"type": "replay", "strength": 0.3}, DISTILL),
+        ({"type": "ewc"}, REPLAY, DISTILL),
         by_strength(10.0, ("ewc",)),
         group="combination",
     ),
@@ -155,9 +182,10 @@ COMBINATIONS = (
     ),
     Method(
         "domain_adapters + replay + distillation",
-        (ADAPTERS, {"type": "replay", "strength": 0.3}, DISTILL),
+        (ADAPTERS, REPLAY, DISTILL),
         with_fields("domain_adapters", ("r 16", {"r": 16}), ("r 4", {"r": 4})),
         training="lora",
+        general_rows=True,
         group="combination",
     ),
     Method(
@@ -196,9 +224,7 @@ CURVE = (
     Method("plain, rate x0.1", settings=(Setting("rate x0.1", rate=0.1),), group="curve"),
     Method("plain, rate x0.25", settings=(Setting("rate x0.25", rate=0.25),), group="curve"),
     Method("plain, rate x0.5", settings=(Setting("rate x0.5", rate=0.5),), group="curve"),
-    Method(
-        "plain, half the steps", settings=(Setting("steps x0.5", steps=0.5),), group="curve"
-    ),
+    Method("plain, half the steps", settings=(Setting("steps x0.5", steps=0.5),), group="curve"),
     Method(
         "plain, rate x0.25, twice the steps",
         settings=(Setting("rate x0.25, steps x2", rate=0.25, steps=2.0),),

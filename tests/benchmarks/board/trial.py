@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from app.domain.runplan import BasePlan, RowsPlan, RunPlan, StagePlan
 from app.domain.spec import LoraConfig, ResolvedTraining
-from app.domain.strategies import StrategyConfig
 from tests.benchmarks.board.domains import DOMAINS
 from tests.benchmarks.board.material import GENERAL, Material, TokenRows
 from tests.benchmarks.board.methods import (
@@ -26,6 +23,7 @@ from tests.benchmarks.board.methods import (
     resolve,
     uses_general_rows,
 )
+from tests.benchmarks.board.packing import pack_bits
 from tests.benchmarks.board.routing import RoutedModel, fit_routed
 from tests.benchmarks.board.scoring import Prepared, Scores, prepare, score
 from workers.export.interpolate import Interpolation
@@ -77,18 +75,6 @@ class Point:
             "seen_mc": pack_bits(self.seen.multiple_choice),
             "domains": [pack_bits(scores.exact_match) for scores in self.domains],
         }
-
-
-def pack_bits(values: NDArray[np.bool_]) -> str:
-    """Hex digits, and the count in front of them."""
-    return f"{len(values)}:{np.packbits(values).tobytes().hex()}"
-
-
-def unpack_bits(packed: str) -> NDArray[np.bool_]:
-    """The inverse of `pack_bits`."""
-    count, digits = packed.split(":")
-    raw = np.frombuffer(bytes.fromhex(digits), np.uint8)
-    return np.unpackbits(raw)[: int(count)].astype(bool)
 
 
 @dataclass
@@ -146,7 +132,7 @@ class _Trial:
     ) -> None:
         self.method, self.setting = method, setting
         self.material, self.items, self.num_stages = material, items, num_stages
-        self.configs: tuple[StrategyConfig, ...] = resolve(method, setting)
+        self.configs = resolve(method, setting)
         self.cost = Cost()
         self.scratch = ""
 
@@ -252,9 +238,7 @@ class _Trial:
             training_rows=rows,
             validation_rows=None,
             general_rows=rows if uses_general_rows(self.method) else None,
-            training=training.model_copy(
-                update={"total_steps": training.total_steps * num_stages}
-            ),
+            training=training.model_copy(update={"total_steps": training.total_steps * num_stages}),
             strategies=self.configs,
             stages=tuple(StagePlan(name=n, training_rows=rows, training=training) for n in names),
             policy=None,
@@ -292,9 +276,7 @@ class _Trial:
                 domains = [score(run.student, self.items.domains[i]) for i in learnt]
                 return Point(*self._general(run), domains)
             domains = [routed.score(self.items.domains[i]) for i in learnt]
-            return Point(
-                routed.score(self.items.unseen), routed.score(self.items.seen), domains
-            )
+            return Point(routed.score(self.items.unseen), routed.score(self.items.seen), domains)
 
     def _general(self, run: Run) -> tuple[Scores, Scores]:
         return score(run.student, self.items.unseen), score(run.student, self.items.seen)
@@ -340,7 +322,7 @@ def memory_bytes(run: Run) -> int:
     ]
     for strategy in run.strategies:
         kept += [t for t in strategy.state_dict()["tensors"].values() if t.is_floating_point()]
-    teacher = run.teacher._copy  # noqa: SLF001
+    teacher = run.teacher._copy
     copies = [] if teacher is None else list(teacher.model.parameters())
     tensors = [*model.values(), *trained, *kept, *copies]
     return sum(t.numel() * t.element_size() for t in tensors)
