@@ -12,8 +12,73 @@ LEAST_SHARE: Final = 0.003
 MOST_SHARE: Final = 0.01
 #: Below so many parameters the share is a warning: a model of 172,000 has 1.5 % at rank 1.
 REFUSED_FROM_PARAMETERS: Final = 100_000_000
-#: Names that the peft library can't give an adapter, or that the artifact needs itself.
-RESERVED_NAMES: Final = frozenset({"merged", "clear", "items", "keys", "pop", "update", "values"})
+#: Names that an adapter can't have: attributes of the container that peft keeps adapters in, and the artifact's own.
+RESERVED_NAMES: Final = frozenset(
+    [
+        "merged",
+        "T_destination",
+        "add_module",
+        "apply",
+        "bfloat16",
+        "buffers",
+        "call_super_init",
+        "children",
+        "clear",
+        "compile",
+        "cpu",
+        "cuda",
+        "double",
+        "dump_patches",
+        "eval",
+        "extra_repr",
+        "float",
+        "forward",
+        "get_buffer",
+        "get_extra_state",
+        "get_parameter",
+        "get_submodule",
+        "half",
+        "ipu",
+        "items",
+        "keys",
+        "load_state_dict",
+        "modules",
+        "mtia",
+        "named_buffers",
+        "named_children",
+        "named_modules",
+        "named_parameters",
+        "parameters",
+        "pop",
+        "register_backward_hook",
+        "register_buffer",
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+        "register_load_state_dict_post_hook",
+        "register_load_state_dict_pre_hook",
+        "register_module",
+        "register_parameter",
+        "register_state_dict_post_hook",
+        "register_state_dict_pre_hook",
+        "requires_grad_",
+        "set_extra_state",
+        "set_submodule",
+        "share_memory",
+        "smart_apply",  # transformers adds it
+        "state_dict",
+        "to",
+        "to_empty",
+        "train",
+        "training",
+        "type",
+        "update",
+        "values",
+        "xpu",
+        "zero_grad",
+    ]
+)
 
 
 class DomainAdaptersConfig(StrategyBase):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from app.domain.configs.adapters import RESERVED_NAMES
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.spec import LoraConfig
 from app.errors import TrainingFailed
@@ -228,6 +229,11 @@ def test_a_large_model_is_refused_a_share_out_of_bounds(monkeypatch, tmp_path):
 def test_a_stage_whose_name_an_adapter_can_not_have_is_refused(tmp_path, name):
     with pytest.raises(TrainingFailed, match=f"'{name}' can't name an adapter"):
         make_staged_run(tmp_path, adapters(), names=("law", name))
+
+
+def test_names_that_peft_could_not_keep_are_known_at_submit():
+    public = {name for name in dir(torch.nn.ModuleDict()) if not name.startswith("_")}
+    assert public <= RESERVED_NAMES
 
 
 def test_full_training_and_unknown_layers_are_refused(tmp_path):
