@@ -205,7 +205,7 @@ class Causal(Strategy):
         cuda = [ctx.device] if ctx.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             reads = [self._read(ctx, micro, ctx.forward(micro, layers)) for micro in micros]
-        self._know(ctx, reads)
+        self._risks.know(reads, self._queues, ctx.all_reduce, (ctx.rank, ctx.world_size))
 
     def count_terms(self, ctx: Context, micro: Micro) -> Mapping[str, float]:
         """Pairs (or their answer positions), and the weight of the environments in use."""
@@ -230,7 +230,7 @@ class Causal(Strategy):
             raise ValueError("causal: a micro-batch of the step was not shown beforehand")
         read = self._read(ctx, micro, out)
         if not self._risks.is_known:
-            self._know(ctx, [read])
+            self._risks.know([read], self._queues, ctx.all_reduce, (ctx.rank, ctx.world_size))
         for name, numerator in self._risks.numerators(read).items():
             coef = self._scale * self.knobs.betas[name]
             terms.append(Term(f"causal_{name}", numerator, TOKENS, coef))
@@ -353,22 +353,18 @@ class Causal(Strategy):
             {"kept": len(near), "pairs": len(rows)},
         )
 
-    def _pairs_in(self, ctx: Context, micro: Micro) -> tuple[list[int], list[int]]:
-        """Rows of the micro-batch, and the row of each one's counterpart."""
-        if COUNTERFACTUAL not in micro.sources:
-            return [], []
-        return match_pairs(micro, ctx.pairs[_store(ctx)].row_of, DOMAIN, COUNTERFACTUAL)
-
     def _aligned(self, ctx: Context, micro: Micro) -> tuple[list[int], list[int]]:
         """What is compared: rows, or with `answer_kl` the positions of their answers, which are the same tokens."""
-        rows = self._pairs_in(ctx, micro)
+        if COUNTERFACTUAL not in micro.sources:
+            return [], []
+        rows = match_pairs(micro, ctx.pairs[_store(ctx)].row_of, DOMAIN, COUNTERFACTUAL)
         if self.knobs.consistency == "hidden":
             return rows
-        own = [
-            torch.nonzero(micro.row_of_N == row).flatten().tolist() for side in rows for row in side
-        ]
-        half = len(own) // 2
-        return [p for row in own[:half] for p in row], [p for row in own[half:] for p in row]
+        found: list[list[int]] = [[], []]
+        for places, side in zip(found, rows, strict=True):
+            for row in side:
+                places.extend(torch.nonzero(micro.row_of_N == row).flatten().tolist())
+        return found[0], found[1]
 
     def _consistency_terms(self, ctx: Context, micro: Micro, out: Forward) -> list[Term]:
         coef = self._scale * self.knobs.consistency_coef
@@ -390,11 +386,6 @@ class Causal(Strategy):
         is_last = self.knobs.pooling == "last"
         states_BD = pool(micro, out.hidden_BTD[self._layer(ctx)], last=is_last)
         return Read(micro, out.logits_NV, states_BD)
-
-    def _know(self, ctx: Context, reads: Sequence[Read]) -> None:
-        if self._risks is not None:
-            place = (ctx.rank, ctx.world_size)
-            self._risks.know(reads, self._queues, ctx.all_reduce, place)
 
 
 def _store(ctx: Context) -> str:
