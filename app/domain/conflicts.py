@@ -1,10 +1,12 @@
 """What strategies can't be combined with, each other included; refused at submit with the reason."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from app.domain.configs.adapters import DomainAdaptersConfig, find_adapter_problem
-from app.domain.configs.hybrid import check_hybrid_optimizer
+from app.domain.configs.causal import CausalConfig
+from app.domain.configs.hybrid import HybridOptimizerConfig, check_hybrid_optimizer
+from app.domain.configs.progressive import ProgressiveConfig
 from app.domain.configs.quadratic import check_quadratic
 from app.domain.strategies import StrategyConfig
 from app.errors import BadRequest
@@ -21,16 +23,70 @@ class Surroundings(NamedTuple):
     stage_names: tuple[str, ...]
 
 
-#: Pairs of types, and why not both.
-PAIRS: Final[dict[frozenset[str], str]] = {
-    frozenset(
-        {"maml_prox", "reptile"}
-    ): "each of them decides where the step's gradients are taken",
-    frozenset({"domain_adapters", "freeze"}): (
-        "domain_adapters freezes the whole base already, and an adapter whose lower layers stand still is"
-        " one of fewer layers: choose target_modules instead"
+def _is(*kinds: str) -> Callable[[StrategyConfig], bool]:
+    return lambda config: config.type in kinds
+
+
+def _is_cone(config: StrategyConfig) -> bool:
+    return isinstance(config, ProgressiveConfig) and config.mode == "cone"
+
+
+def _is_gpm(config: StrategyConfig) -> bool:
+    return isinstance(config, ProgressiveConfig) and config.mode == "gpm"
+
+
+def _compares_environments(config: StrategyConfig) -> bool:
+    return isinstance(config, CausalConfig) and bool(
+        config.vrex_beta or config.irm_lambda or config.coral_coef
+    )
+
+
+def _has_trust_ratio(config: StrategyConfig) -> bool:
+    return isinstance(config, HybridOptimizerConfig) and config.trust_ratio != "none"
+
+
+def _is_implicit_pull(config: StrategyConfig) -> bool:
+    return getattr(config, "penalty_mode", None) == "implicit"
+
+
+Test = Callable[[StrategyConfig], bool]
+
+#: Two of a job that can't go together, and why.
+CLASHES: Final[tuple[tuple[Test, Test, str], ...]] = (
+    (
+        _is("maml_prox"),
+        _is("reptile"),
+        "each of them decides where the step's gradients are taken",
     ),
-}
+    (
+        _is("maml_prox", "reptile"),
+        _compares_environments,
+        "the environments of a step are compared as a whole, and an inner loop reads the step in parts;"
+        " leave out vrex_beta, irm_lambda and coral_coef",
+    ),
+    (
+        _is("reptile"),
+        _is_cone,
+        "the cone holds the optimiser's step, and the way of the inner loop leaves it; take mode 'a_gem'",
+    ),
+    (
+        _is("domain_adapters"),
+        _is_gpm,
+        "each stage begins a new adapter, which has read nothing yet; domain_adapters' own orthogonality"
+        " keeps it off what earlier ones read",
+    ),
+    (
+        _is("domain_adapters"),
+        _is("freeze"),
+        "domain_adapters freezes the whole base already; choose training.lora.target_modules instead",
+    ),
+    (
+        _has_trust_ratio,
+        _is_implicit_pull,
+        "a layer-wise step would rescale the pull that an implicit penalty has just made; take"
+        " penalty_mode 'gradient'",
+    ),
+)
 
 
 def check_conflicts(strategies: Sequence[StrategyConfig], job: Surroundings) -> None:
@@ -39,11 +95,15 @@ def check_conflicts(strategies: Sequence[StrategyConfig], job: Surroundings) -> 
     Raises:
         BadRequest: `param` names the later of the two, `conflicting_strategies` says why.
     """
-    places: dict[str, int] = {config.type: place for place, config in enumerate(strategies)}
-    for pair, why in PAIRS.items():
-        if pair <= places.keys():
-            first, second = sorted(pair, key=lambda kind: places[kind])
-            _refuse(f"retention.strategies.{places[second]}", f"'{second}' and '{first}': {why}.")
+    for first, second, why in CLASHES:
+        ones = [place for place, config in enumerate(strategies) if first(config)]
+        others = [place for place, config in enumerate(strategies) if second(config)]
+        if ones and others:
+            later, earlier = max(ones[0], others[0]), min(ones[0], others[0])
+            _refuse(
+                f"retention.strategies.{later}",
+                f"'{strategies[later].type}' and '{strategies[earlier].type}': {why}.",
+            )
     check_hybrid_optimizer(strategies, lora=job.lora, weight_decay=job.weight_decay)
     check_quadratic(strategies, lora=job.lora, num_stages=max(len(job.stage_names), 1))
     for place, config in enumerate(strategies):
