@@ -11,6 +11,7 @@ class JobKind(StrEnum):
     FINE_TUNING = "fine_tuning"
     EVALUATION = "evaluation"
     EXPORT = "export"
+    EXTERNAL = "external"  # trained elsewhere: watched and steered, never claimed
 
 
 class JobState(StrEnum):

@@ -115,6 +115,8 @@ def prepare_run(session: Session, job_id: UUID, attempt: int, settings: Settings
             raise TrainingFailed(
                 "This server has no worker for evaluation jobs.", code="unsupported_kind"
             )
+        case JobKind.EXTERNAL:
+            raise TrainingFailed("An external run is trained elsewhere.", code="unsupported_kind")
 
 
 def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scratch) -> Prepared:

@@ -58,7 +58,7 @@ class Evaluation(Record):
     project_id: Mapped[UUID | None] = mapped_column(
         ForeignKey("projects.id")
     )  # null: a base model's
-    subject_type: Mapped[str]  # `fine_tuning.job`, `model`, `base_model`
+    subject_type: Mapped[str]  # `fine_tuning.job`, `external_run`, `model`, `base_model`
     subject_key: Mapped[str]  # the job's uuid, the model version's name, `<base sha256>/<template>`
     job_id: Mapped[UUID | None] = mapped_column(ForeignKey("jobs.id"))
     model_version_id: Mapped[UUID | None] = mapped_column(ForeignKey("model_versions.id"))
@@ -82,7 +82,10 @@ class Evaluation(Record):
 
 
 class DecisionRow(Record):
-    """What the controller did at one evaluation point, with all that `decide()` rested on."""
+    """What the controller did at one evaluation point, with all that `decide()` rested on.
+
+    The database refuses to rewrite or delete what was decided and its evidence.
+    """
 
     __tablename__ = "decisions"
     __table_args__ = (UniqueConstraint("job_id", "branch", "step", "origin"),)
@@ -91,12 +94,14 @@ class DecisionRow(Record):
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id"), index=True)
     branch: Mapped[int]  # before the decision
     step: Mapped[int]
-    origin: Mapped[str]  # `run`, or `external:<evaluation id>`
+    origin: Mapped[
+        str
+    ]  # `run`, `external:<evaluation id>`, `override:<key>:<n>` or `accept:<key>:<n>`
     look: Mapped[int]
     action: Mapped[str]
     code: Mapped[str]
     reason: Mapped[str]
-    state: Mapped[str]  # `applied`, `proposed`, `overridden`
+    state: Mapped[str]  # `applied`, `proposed`, `accepted`, `overridden`
     evidence: Mapped[
         dict[str, Any]
     ]  # policy, levers, controller state before, look: decide()'s arguments

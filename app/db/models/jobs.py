@@ -13,14 +13,25 @@ from app.errors import Conflict
 
 
 class Job(Record):
-    """Everything a GPU does; the lease is `worker_id` until `lease_expires_at`, the fence is `attempt`."""
+    """Everything a GPU does; the lease is `worker_id` until `lease_expires_at`, the fence is `attempt`.
+
+    An external run is one too, of which nobody here holds a lease: no worker can claim it.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint(
-            "(state IN ('running', 'pausing')) ="
+            "(state IN ('running', 'pausing') AND kind <> 'external') ="
             " (worker_id IS NOT NULL AND lease_expires_at IS NOT NULL)",
             name="lease_goes_with_state",
+        ),
+        CheckConstraint(
+            "kind <> 'external' OR state IN ('running', 'succeeded', 'failed', 'cancelled')",
+            name="external_runs_are_never_queued",
+        ),
+        CheckConstraint(
+            "kind = 'external' OR base_model_id IS NOT NULL",
+            name="only_external_runs_lack_a_base",
         ),
         CheckConstraint(
             "(state IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)",
@@ -43,13 +54,14 @@ class Job(Record):
     project_id: Mapped[UUID] = mapped_column(ForeignKey("projects.id"))
     kind: Mapped[JobKind] = mapped_column(enum_column(JobKind))
     state: Mapped[JobState] = mapped_column(enum_column(JobState))
-    spec: Mapped[dict[str, Any]]  # a JobSpec, or an ExportSpec
+    spec: Mapped[dict[str, Any]]  # a JobSpec, an ExportSpec, or a RunSpec
     run_plan: Mapped[
         dict[str, Any] | None
     ]  # of the latest attempt; eval_interval and gate_items stay
     warnings: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
     power: Mapped[dict[str, Any] | None]  # regress_at_80, pass_at_zero and item counts
-    base_model_id: Mapped[UUID] = mapped_column(ForeignKey("base_models.id"))
+    #: Null of external runs alone, on a model that is not registered here.
+    base_model_id: Mapped[UUID] = mapped_column(ForeignKey("base_models.id"), nullable=True)
     training_file_id: Mapped[UUID | None] = mapped_column(ForeignKey("files.id"))
     validation_file_id: Mapped[UUID | None] = mapped_column(ForeignKey("files.id"))
     general_file_id: Mapped[UUID | None] = mapped_column(ForeignKey("files.id"))

@@ -123,7 +123,9 @@ class JobRepository:
         """Leases, and the expired ones among them; none counts as expired for one TTL after a server start."""
         expired = func.count().filter(_expired(ttl, 0))
         row = self._session.execute(
-            select(func.count(), expired).select_from(Job).where(Job.state.in_(LEASED))
+            select(func.count(), expired)
+            .select_from(Job)
+            .where(Job.state.in_(LEASED), Job.worker_id.is_not(None))  # external runs hold none
         ).one()
         return LeaseCounts(*row)
 
