@@ -49,6 +49,10 @@ def _is_implicit_pull(config: StrategyConfig) -> bool:
     return getattr(config, "penalty_mode", None) == "implicit"
 
 
+def _is_bottleneck(config: StrategyConfig) -> bool:
+    return isinstance(config, DomainAdaptersConfig) and config.kind == "bottleneck"
+
+
 Test = Callable[[StrategyConfig], bool]
 
 #: Two of a job that can't go together, and why.
@@ -79,6 +83,12 @@ CLASHES: Final[tuple[tuple[Test, Test, str], ...]] = (
         _is("domain_adapters"),
         _is("freeze"),
         "domain_adapters freezes the whole base already; choose training.lora.target_modules instead",
+    ),
+    (
+        _is_bottleneck,
+        _is("ewc", "mas", "si", "l2sp", "progressive"),
+        "a bottleneck adapter changes no weight of the base, so there is nothing of the base to hold;"
+        " take kind 'lora'",
     ),
     (
         _has_trust_ratio,

@@ -52,6 +52,12 @@ def surroundings(**overrides: Any) -> Surroundings:
             "retention.strategies.1",
             "gradient",
         ),
+        (
+            [{"type": "l2sp"}, {"type": "domain_adapters", "kind": "bottleneck"}],
+            {"lora": True},
+            "retention.strategies.1",
+            "bottleneck",
+        ),
         ([{"type": "domain_adapters"}], {}, "retention.strategies.0.type", "lora"),
         ([{"type": "si"}], {"lora": True}, "retention.strategies.0", "adapter"),
         ([{"type": "si"}], {"stage_names": ()}, "retention.strategies.0", "stage"),
