@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from tests.benchmarks.board.material import SIZES
-from tests.benchmarks.board.methods import Method, Setting, rate_of, resolve, uses_general_rows
+from tests.benchmarks.board.methods import (
+    STEPS,
+    Method,
+    Setting,
+    rate_of,
+    resolve,
+    uses_general_rows,
+)
 
 BOARD = "tests.benchmarks.board"
 BASE_ROOTS = (f"{BOARD}.material", "workers.demo_model.pretraining")
@@ -40,7 +47,7 @@ class Cell:
             "training": method.training,
             "protocol": method.protocol,
             "rate": rate_of(method, self.setting),
-            "steps": self.setting.steps,
+            "steps": round(STEPS * self.setting.steps),
             "alpha": self.setting.alpha,
             "general_rows": uses_general_rows(method),
             "seed": self.seed,

@@ -143,20 +143,29 @@ SPENDING = HardDomain(
 DOMAINS = (TICKETS, TRIAGE, CLAUSES, SPENDING)  # the order in which a sequence learns them
 
 
+FAMILIES = (
+    *("amber", "coral", "ivory", "jade", "maple", "olive", "pearl", "ruby"),
+    *("slate", "tulip", "velvet", "willow", "onyx", "basil", "clove", "daisy"),
+)  # what the base model calls the kinds of phrases, domain by domain
+
+
 def draw_mention(rng: Random) -> Sample:
     """What the base model meets of the domains' words: never a phrase beside its label.
 
-    Notes show labels and subjects; questions ask for a phrase of the same kind. A base that can't tell kinds
-    of phrases apart does not learn a domain with small adapters at all: measured, they stay at the most
-    frequent label.
+    Notes show labels and subjects; questions ask for a phrase's family, under a name that no domain uses. A
+    base that has not learnt to look at these phrases when it answers stays at the most frequent label with
+    adapters (measured: ranks 8 to 32, rates 1e-3 to 8e-2, up to 360 steps).
     """
-    domain = rng.choice(DOMAINS)
-    writer, label = rng.choice(PEOPLE), rng.choice(tuple(domain.phrases))
-    first, second = rng.sample(domain.phrases[label], 2)
+    place = rng.randrange(len(DOMAINS))
+    domain = DOMAINS[place]
+    labels = tuple(domain.phrases)
+    writer, kind = rng.choice(PEOPLE), rng.randrange(len(labels))
+    first, second = rng.sample(domain.phrases[labels[kind]], 2)
     subject, way = rng.choice(domain.subjects), rng.random()
     if way < 0.25:
-        text = f"note {rng.randrange(1, 30)} : the {writer} asked {rng.choice(NAMES)} about {label}"
-        return Sample(text, None)
+        text = f"note {rng.randrange(1, 30)} : the {writer} asked {rng.choice(NAMES)} about"
+        return Sample(f"{text} {labels[kind]}", None)
     if way < 0.5:
         return Sample(f"note : the {writer} wrote of the {subject} , {first} and {second}", None)
-    return Sample(f"the {writer} wrote of the {subject} and {first} . like", second)
+    text = f"{rng.choice(NAMES)} wrote of the {subject} and {first} . family"
+    return Sample(text, FAMILIES[4 * place + kind])

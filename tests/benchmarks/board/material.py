@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -59,6 +59,7 @@ class Material:
     directory: Path  # of the base model
     general: TokenRows  # rows of the seen skills
     training: tuple[TokenRows, ...]  # one store a domain
+    training_questions: tuple[tuple[Question, ...], ...]  # what it was made of
     validation: tuple[tuple[Question, ...], ...]
     domain_items: tuple[tuple[Question, ...], ...]
     seen_items: tuple[Question, ...]
@@ -81,6 +82,7 @@ def load_material(directory: Path, seed: int, sizes: Sizes = SIZES) -> Material:
         directory=directory,
         general=rows(drawn.general),
         training=tuple(rows(own) for own in drawn.training),
+        training_questions=drawn.training,
         validation=drawn.validation,
         domain_items=drawn.domain_items,
         seen_items=drawn.seen_items,
@@ -176,14 +178,3 @@ def build_base(
         scratch.rename(directory)
     except OSError:  # another process was first
         shutil.rmtree(scratch)
-
-
-def counts(material: Material) -> Mapping[str, int]:
-    """Rows and items of a seed, for the report."""
-    return {
-        "general_rows": len(material.general.lengths),
-        "training_rows": len(material.training[0].lengths),
-        "unseen_items": len(material.unseen_items),
-        "seen_items": len(material.seen_items),
-        "domain_items": len(material.domain_items[0]),
-    }

@@ -12,6 +12,7 @@ from tests.benchmarks.board.methods import (
     by_strength,
     with_fields,
 )
+from workers.demo_model.skills import NAMES
 
 ADAPTERS: Mapping[str, Any] = MappingProxyType(
     {"type": "domain_adapters", "r": 8}
@@ -20,6 +21,7 @@ DISTILL: Mapping[str, Any] = MappingProxyType({"type": "distillation"})
 REPLAY: Mapping[str, Any] = MappingProxyType(
     {"type": "replay", "strength": 0.3, "domain_store_fraction": 0.1}
 )
+CAUSAL: Mapping[str, Any] = MappingProxyType({"type": "causal", "entities": (NAMES,)})
 RATIOS = (
     Setting(),
     Setting("strength x3", strength=3.0),
@@ -152,7 +154,8 @@ STRATEGIES = (
     ),
     Method("maml_prox", ({"type": "maml_prox"},), by_strength(3.0)),
     Method("reptile", ({"type": "reptile"},), by_rate()),
-    Method("causal", ({"type": "causal"},), by_strength(3.0)),
+    Method("causal", (CAUSAL,), by_strength(3.0), general_rows=True),
+    Method("causal (pairs alone)", ({**CAUSAL, "vrex_beta": 0.0},), by_strength(3.0)),
 )
 
 COMBINATIONS = (

@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from app.domain.runplan import BasePlan, RowsPlan, RunPlan, StagePlan
 from app.domain.spec import LoraConfig, ResolvedTraining
+from tests.benchmarks.board.counterparts import add_counterparts, read_rows, write_rows
 from tests.benchmarks.board.domains import DOMAINS
 from tests.benchmarks.board.material import GENERAL, Material, TokenRows
 from tests.benchmarks.board.methods import (
@@ -31,6 +32,9 @@ from workers.training.build import build_run
 from workers.training.loop import Run, start_task, train_step
 from workers.training.ranks import Ranks
 from workers.training.tasks import store_name
+
+if TYPE_CHECKING:
+    from workers.data.batches import Rows
 
 BATCH_SIZE = 32
 CPU = torch.device("cpu")
@@ -211,13 +215,20 @@ class _Trial:
     ) -> Run:
         """A run at step 0, each of whose stages is so many domains long."""
         plan = self._plan(len(stores), length)
-        rows = {store_name(stage): store for stage, store in enumerate(stores)}
+        has_pairs = "causal" in self.method.kinds()
+        rows: dict[str, Rows] = {store_name(stage): store for stage, store in enumerate(stores)}
+        if has_pairs:
+            plan = self._with_files(plan)
+            for index, stage in enumerate(plan.stages):
+                rows[store_name(index)] = read_rows(stage.training_rows, plan, self.material)
         if uses_general_rows(self.method):
             rows[GENERAL] = self.material.general
         run = build_run(plan, rows, Ranks(), CPU)
         if weights is not None:
             run.model.load_state_dict(weights)
         with self.cost.timed():
+            if has_pairs:
+                add_counterparts(plan, run, self.material)
             start_task(run)
         return run
 
@@ -245,6 +256,17 @@ class _Trial:
             scratch_directory=self.scratch,
             cache_directory=str(Path(self.scratch) / "cache"),
         )
+
+    def _with_files(self, plan: RunPlan) -> RunPlan:
+        """The same with rows that can be read as text, a domain a stage."""
+        questions = self.material.training_questions
+        stages = tuple(
+            stage.model_copy(
+                update={"training_rows": write_rows(Path(self.scratch), stage.name, own)}
+            )
+            for stage, own in zip(plan.stages, questions, strict=False)
+        )
+        return plan.model_copy(update={"stages": stages})
 
     def _training(self, total_steps: int) -> ResolvedTraining:
         return ResolvedTraining(
