@@ -19,6 +19,7 @@ PREFIXES: Final = {
     "webhook_event": "evt_",
     "webhook_delivery": "whd_",
     "export": "export-",
+    "run": "run_",
     "api_key": "key_",
 }
 

@@ -115,16 +115,18 @@ def list_versions(
 def resolve_watched(
     session: Session,
     project_id: UUID,
-    base: BaseModel,
+    base: BaseModel | None,
     wanted: Sequence[WatchedBenchmark] | None,
 ) -> tuple[Watched, ...]:
     """What a job on this base watches: the benchmarks it names, else the base's suite; mandatory ones always.
+
+    Without a base, which only a run that is trained elsewhere lacks, there is no suite.
 
     Raises:
         NotFound: No benchmark has a name that was given.
         BadRequest: A benchmark is named twice.
     """
-    suite = BenchmarkRepository(session).list_suite(base.id)
+    suite = [] if base is None else BenchmarkRepository(session).list_suite(base.id)
     if wanted is None:
         return tuple(Watched(entry.benchmark, entry.weight, None) for entry in suite)
     watched = [_resolve(session, project_id, place, wish) for place, wish in enumerate(wanted)]

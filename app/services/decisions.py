@@ -19,6 +19,7 @@ from app.domain.decisions import (
     StageFact,
     Verdict,
 )
+from app.domain.external import RunSpec, run_levers, run_state, target_step
 from app.domain.identifiers import public_id
 from app.domain.levers import build_levers, initial_state
 from app.domain.messages import PublishTarget, RollBack
@@ -26,6 +27,7 @@ from app.domain.policy import Policy
 from app.domain.publishing import choose_checkpoint
 from app.domain.spec import JobSpec
 from app.domain.staging import stage_facts, stage_strategies, trained_stage
+from app.domain.states import JobKind
 from app.services.events import add_job_event
 from app.services.webhooks import emit_event
 
@@ -54,9 +56,14 @@ def apply_decision(
         look: The evidence.
         origin: `run`, or `external:<evaluation id>`.
     """
-    spec = JobSpec.model_validate(job.spec)
-    look = look.model_copy(update={"stages": _stages(spec)})
-    levers, before = _controller(job, spec, policy, look)
+    if job.kind is JobKind.EXTERNAL:
+        asked = RunSpec.model_validate(job.spec).request.levers
+        levers, start = run_levers(asked, policy), run_state(asked)
+    else:
+        spec = JobSpec.model_validate(job.spec)
+        look = look.model_copy(update={"stages": _stages(spec)})
+        levers, start = _controls(spec, policy, look)
+    before = coefficients(job, start)
     decision = decide(policy, levers, before, look)
     row = DecisionRow(
         project_id=job.project_id,
@@ -142,23 +149,31 @@ def _stages(spec: JobSpec) -> tuple[StageFact, ...]:
     return stage_facts(spec.stages, spec.strategies, lora=spec.training.type == "lora")
 
 
-def _controller(
-    job: Job, spec: JobSpec, policy: Policy, look: Look
+def coefficients(job: Job, start: ControllerState) -> ControllerState:
+    """The coefficients in force: as the last decision left them, else those the job starts with."""
+    if job.controller_state is None:
+        return start
+    return ControllerState.model_validate(job.controller_state)
+
+
+def _controls(
+    spec: JobSpec, policy: Policy, look: Look
 ) -> tuple[tuple[LeverState, ...], ControllerState]:
-    """The levers of the stage being trained, and the coefficients in force."""
+    """The levers of the stage being trained, and the coefficients at which it starts."""
     is_lora = spec.training.type == "lora"
     strategies = spec.strategies
     if spec.stages:
         stage = spec.stages[trained_stage(look.stages, look.step)]
         strategies = stage_strategies(strategies, stage.strengths)
     levers = build_levers(strategies, policy, lora=is_lora)
-    if job.controller_state is None:
-        return levers, initial_state(strategies, lora=is_lora)
-    return levers, ControllerState.model_validate(job.controller_state)
+    return levers, initial_state(strategies, lora=is_lora)
 
 
 def _rewind(session: Session, job: Job, decision: Decision) -> UUID | None:
     """Moves the job to a rollback's target on a new branch; the checkpoints after it are superseded."""
+    if job.kind is JobKind.EXTERNAL:  # its checkpoints are its trainer's own
+        job.branch, job.step = decision.state.branch, target_step(decision)
+        return None
     target_id = decision.target_checkpoint_id
     target = None
     if target_id is not None and target_id != START:

@@ -129,7 +129,7 @@ def record_evaluation(
         look=history.count_looks(job.id) + 1,
     )
     if checkpoint is not None:
-        checkpoint.status = _status(reading, losses_finite=message.losses_finite)
+        checkpoint.status = checkpoint_status(reading, losses_finite=message.losses_finite)
         checkpoint.is_evaluated = True
         checkpoint.valid_loss = message.valid_loss
         if message.valid_mean_token_accuracy is not None:
@@ -258,7 +258,8 @@ def _read_report(
     return read_report(watch.policy, sense_scores(session, watch, scores))
 
 
-def _status(reading: Reading, *, losses_finite: bool) -> CheckpointStatus:
+def checkpoint_status(reading: Reading, *, losses_finite: bool) -> CheckpointStatus:
+    """What a look says of the state that was evaluated."""
     if reading.verdict is Verdict.REGRESS or reading.not_finite or not losses_finite:
         return CheckpointStatus.BAD
     return CheckpointStatus.GOOD if reading.verdict is Verdict.PASS else CheckpointStatus.UNPROVEN

@@ -19,6 +19,7 @@ from app.db.models import Job, WebhookDelivery, WebhookEndpoint, WebhookEvent
 from app.db.repositories.webhooks import WebhookDeliveryRepository, WebhookEndpointRepository
 from app.domain.addresses import is_public_address
 from app.domain.identifiers import public_id
+from app.domain.states import JobKind
 from app.errors import BadRequest, Conflict, Unavailable
 
 #: Every transition of a job and every decision that changes something, plus what befalls an endpoint.
@@ -37,6 +38,8 @@ EVENT_TYPES: Final = (
     "retention.repaired",
     "retention.rolled_back",
     "retention.stopped",
+    "retention.proposed",
+    "retention.overridden",
     "webhook_endpoint.disabled",
 )
 MAX_ENDPOINTS: Final = 50  # per project
@@ -245,7 +248,7 @@ def emit_event(
     about: dict[str, Any] = {"occurred_at": now.isoformat(timespec="milliseconds")}
     if job is not None:
         about |= {
-            "id": public_id("job", job.id),
+            "id": public_id("run" if job.kind is JobKind.EXTERNAL else "job", job.id),
             "sequence": job.event_count,
             "status": job.state.value,
         }

@@ -49,8 +49,12 @@ class HistoryRepository:
         )
 
     def count_looks(self, job_id: UUID) -> int:
-        """Distinct evaluation points of a job, over all branches."""
-        statement = select(func.count()).where(DecisionRow.job_id == job_id)
+        """Distinct evaluation points of a job, over all branches; what people ordered is no look."""
+        statement = select(func.count()).where(
+            DecisionRow.job_id == job_id,
+            ~DecisionRow.origin.startswith("override:"),
+            ~DecisionRow.origin.startswith("accept:"),
+        )
         return self._session.scalar(statement) or 0
 
     def count_monitor_looks(self, model: str, before: UUID) -> int:
@@ -143,7 +147,7 @@ class HistoryRepository:
         return self._session.scalar(
             select(Evaluation)
             .where(
-                Evaluation.subject_type == "base_model",
+                Evaluation.subject_type.in_(("base_model", "external_run")),
                 Evaluation.subject_key == baseline_key,
                 Evaluation.benchmark_version_id == version_id,
                 Evaluation.purpose == "baseline",
