@@ -5,6 +5,10 @@ import fnmatch
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch reads its number of threads when it is imported
+    from tests.benchmarks.board.schedule import Scope
 
 ROOT = Path(__file__).resolve().parents[3]
 CACHE = ROOT / ".retain" / "board"
@@ -36,14 +40,12 @@ def main(arguments: list[str]) -> int:
     return int(bool(failed))
 
 
-def write(options: argparse.Namespace, scope: object) -> None:
+def write(options: argparse.Namespace, scope: "Scope") -> None:
     """BOARD.md and BOARD.png from what there is."""
     from tests.benchmarks.board.plot import draw
     from tests.benchmarks.board.report import write_report
-    from tests.benchmarks.board.schedule import Scope
     from tests.benchmarks.board.standing import stand
 
-    assert isinstance(scope, Scope)
     board = stand(scope)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _scope(options: argparse.Namespace) -> object:
+def _scope(options: argparse.Namespace) -> "Scope":
     from tests.benchmarks.board.schedule import Scope
     from tests.benchmarks.board.table import FROZEN, METHODS, PLAIN
 

@@ -150,22 +150,23 @@ FAMILIES = (
 
 
 def draw_mention(rng: Random) -> Sample:
-    """What the base model meets of the domains' words: never a phrase beside its label.
+    """What the base model meets of the domains: their cases under names of its own, and their words in notes.
 
-    Notes show labels and subjects; questions ask for a phrase's family, under a name that no domain uses. A
-    base that has not learnt to look at these phrases when it answers stays at the most frequent label with
-    adapters (measured: ranks 8 to 32, rates 1e-3 to 8e-2, up to 360 steps).
+    Never a phrase beside its label: the labels are this house's, and so are the subjects that overrule a
+    phrase. A base that has not learnt to look at the phrase when it answers stays at the most frequent label
+    with adapters (measured: ranks 8 to 32, rates 1e-3 to 8e-2, up to 360 steps).
     """
     place = rng.randrange(len(DOMAINS))
     domain = DOMAINS[place]
     labels = tuple(domain.phrases)
-    writer, kind = rng.choice(PEOPLE), rng.randrange(len(labels))
-    first, second = rng.sample(domain.phrases[labels[kind]], 2)
-    subject, way = rng.choice(domain.subjects), rng.random()
-    if way < 0.25:
-        text = f"note {rng.randrange(1, 30)} : the {writer} asked {rng.choice(NAMES)} about"
+    kind, subject = rng.randrange(len(labels)), rng.choice(domain.subjects)
+    if rng.random() < 0.35:
+        text = f"note {rng.randrange(1, 30)} : the {rng.choice(PEOPLE)} asked {rng.choice(NAMES)} about"
         return Sample(f"{text} {labels[kind]}", None)
-    if way < 0.5:
-        return Sample(f"note : the {writer} wrote of the {subject} , {first} and {second}", None)
-    text = f"{rng.choice(NAMES)} wrote of the {subject} and {first} . family"
-    return Sample(text, FAMILIES[4 * place + kind])
+    prompt = domain.wording.format(
+        name=rng.choice(NAMES),
+        day=rng.randrange(1, 30),
+        subject=subject,
+        phrase=rng.choice(domain.phrases[labels[kind]]),
+    )
+    return Sample(prompt, FAMILIES[4 * place + kind])

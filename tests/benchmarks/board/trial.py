@@ -106,15 +106,7 @@ def run_trial(
     trial = _Trial(method, setting, material, items, num_stages)
     with tempfile.TemporaryDirectory() as scratch:
         trial.scratch = scratch
-        match method.protocol:
-            case "sequence" | "frozen":
-                points = trial.sequence()
-            case "joint":
-                points = trial.joint()
-            case "early_stop":
-                points = trial.early_stop()
-            case "oracle_adapters":
-                points = trial.oracle_adapters()
+        points = trial.run()
     return {
         "points": [point.pack() for point in points],
         "train_cpu_seconds": trial.cost.seconds,
@@ -139,6 +131,18 @@ class _Trial:
         self.configs = resolve(method, setting)
         self.cost = Cost()
         self.scratch = ""
+
+    def run(self) -> list[Point]:
+        """The points of the method's protocol."""
+        match self.method.protocol:
+            case "sequence" | "frozen":
+                return self.sequence()
+            case "joint":
+                return self.joint()
+            case "early_stop":
+                return self.early_stop()
+            case "oracle_adapters":
+                return self.oracle_adapters()
 
     def sequence(self) -> list[Point]:
         """One run with a stage for each domain."""
