@@ -1,6 +1,12 @@
 """Tables, grouped by aggregate; importing this package registers them all."""
 
-from app.db.models.catalog import BaseModel, Benchmark, BenchmarkVersion, SuiteEntry
+from app.db.models.catalog import (
+    BaseModel,
+    Benchmark,
+    BenchmarkVersion,
+    RequiredBenchmark,
+    SuiteEntry,
+)
 from app.db.models.delivery import IdempotencyKey, OutboxMessage, Worker
 from app.db.models.files import File
 from app.db.models.history import Checkpoint, DecisionRow, Evaluation
@@ -25,6 +31,7 @@ __all__ = [
     "ModelVersion",
     "OutboxMessage",
     "Project",
+    "RequiredBenchmark",
     "SuiteEntry",
     "WebhookDelivery",
     "WebhookEndpoint",

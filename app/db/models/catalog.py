@@ -50,6 +50,9 @@ class BenchmarkVersion(Record):
     items_sha256: Mapped[str]  # the file's sha256: the suite hash of posted results
     num_items: Mapped[int]
     chance: Mapped[float]  # mean score of guessing; 0 for generation, ignored for nll
+    source: Mapped[str | None]  # where the items come from, in their maker's words
+    subset: Mapped[dict[str, Any] | None]  # of a drawn part: limit, seed, and the file it is of
+    subjects: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)  # a `Subjects`
 
 
 class SuiteEntry(Base):
@@ -63,3 +66,16 @@ class SuiteEntry(Base):
     )
     weight: Mapped[float] = mapped_column(server_default=text("1"))
     is_mandatory: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class RequiredBenchmark(Base):
+    """A benchmark version that every job of a project is watched by, whatever it says itself."""
+
+    __tablename__ = "required_benchmarks"
+
+    project_id: Mapped[UUID] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    benchmark_version_id: Mapped[UUID] = mapped_column(
+        ForeignKey("benchmark_versions.id"), primary_key=True
+    )
+    weight: Mapped[float] = mapped_column(server_default=text("1"))
+    limit: Mapped[float]  # relative drop, of nll nats per token, that no job's policy can loosen
