@@ -12,6 +12,10 @@ from app.domain.frozen import Frozen
 METRICS: dict[Scorer, frozenset[str]] = {
     Scorer.MULTIPLE_CHOICE: frozenset({"multiple_choice", "accuracy", "acc"}),
     Scorer.EXACT_MATCH: frozenset({"exact_match", "accuracy", "acc"}),
+    Scorer.NORMALISED_MATCH: frozenset({"normalised_match", "em", "accuracy", "acc"}),
+    Scorer.TOKEN_F1: frozenset({"token_f1", "f1"}),
+    Scorer.BLEU4: frozenset({"bleu4", "bleu"}),
+    Scorer.ROUGE_L: frozenset({"rouge_l", "rougeL"}),
     Scorer.NLL: frozenset({"nll"}),
 }
 

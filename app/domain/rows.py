@@ -14,6 +14,9 @@ from app.domain.benchmarks import (
     MultipleChoiceItem,
     NllItem,
     Scorer,
+    Subjects,
+    collect_subjects,
+    item_id,
 )
 from app.domain.frozen import Frozen
 from app.domain.jsonlines import (
@@ -170,6 +173,7 @@ class ItemsReport(Frozen):
     num_bytes: int
     ids_sha256: str
     chance_level: float
+    subjects: Subjects | None = None
 
 
 def counterpart(row: Row) -> Row | None:
@@ -257,12 +261,13 @@ def check_rows(lines: Iterable[bytes | str], *, param: str = TRAINING_FILE) -> R
 
 
 def parse_item(line: bytes | str, scorer: Scorer, *, line_number: int, param: str = "file") -> Item:
-    """One line of a benchmark file.
+    """One line of a benchmark file; an item without an id gets that of its contents.
 
     Raises:
         BadRequest: With code `invalid_row`; the message names line and field.
     """
     value = parse_object(line, line_number=line_number, param=param)
+    value = {"id": item_id(value)} | value
     item = validate_line(ITEM_TYPES[scorer], value, line_number=line_number, param=param)
     if isinstance(item, MultipleChoiceItem) and not all(c.strip() for c in item.choices):
         empty = next(i for i, choice in enumerate(item.choices) if not choice.strip())
@@ -303,8 +308,10 @@ def check_items(
     digest = hashlib.sha256()
     counted = _Counted(lines)
     num_items, chance = 0, 0.0
+    subjects: list[str | None] = []
     for _, item in iter_items(counted, scorer, param=param):
         num_items += 1
+        subjects.append(item.subject)
         chance += _item_chance(item)
         digest.update(json.dumps(item.id).encode() + b"\n")
     if not num_items:
@@ -315,6 +322,7 @@ def check_items(
         num_bytes=counted.num_bytes,
         ids_sha256=digest.hexdigest(),
         chance_level=chance / num_items,
+        subjects=collect_subjects(subjects),
     )
 
 

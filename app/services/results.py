@@ -18,7 +18,7 @@ from app.db.models import (
     ModelVersion,
 )
 from app.db.repositories.history import HistoryRepository
-from app.domain.benchmarks import Scorer, Scores
+from app.domain.benchmarks import Scorer, Scores, item_id
 from app.domain.decisions import Action, ControllerState, Decision, Look, Reading, Verdict
 from app.domain.identifiers import parse_id
 from app.domain.messages import Order
@@ -218,7 +218,7 @@ def _align(
     file = session.get_one(File, version.file_id)
     lines = storage.read_bytes(file.path).splitlines()
     places = {
-        str(json.loads(line)["id"]): place for place, line in enumerate(filter(bytes.strip, lines))
+        item_id(json.loads(line)): place for place, line in enumerate(filter(bytes.strip, lines))
     }
     values = np.full(version.num_items, np.nan, dtype=np.float32)
     matched = 0

@@ -14,6 +14,7 @@ from app.db.repositories.catalog import CatalogRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.db.repositories.registry import RegistryRepository
 from app.db.repositories.results import ResultFilter, ResultRepository
+from app.domain.benchmarks import item_id
 from app.domain.identifiers import PREFIXES, parse_id, public_id
 from app.services.evaluations import unpack_bytes
 from app.services.storage import Storage
@@ -108,7 +109,7 @@ def _subject_id(row: Evaluation, bases: dict[str, str]) -> str:
 
 def _read_ids(storage: Storage, path: str) -> list[str]:
     with storage.open(path) as file:
-        return [str(json.loads(line)["id"]) for line in file if line.strip()]
+        return [item_id(json.loads(line)) for line in file if line.strip()]
 
 
 def _items(row: Evaluation, ids: list[str] | None) -> list[dict[str, Any]] | None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from app.domain.benchmarks import Scorer, Scores
+from app.domain.benchmarks import GENERATION, Scorer, Scores
 from app.domain.runplan import BenchmarkPlan
 from workers.evaluation.choices import pick, score_choices
 from workers.evaluation.forward import Reader, scoring
@@ -58,9 +58,11 @@ def evaluate(  # noqa: PLR0913 - rank and world_size go together
                 chosen = [prepared.choices[i] for i in own]
                 sums = score_choices(reader, chosen, token_budget)
                 scores[own] = [pick(s, c.answer) for s, c in zip(sums, chosen, strict=True)]
-            case Scorer.EXACT_MATCH:
-                scores[own] = score_questions(reader, prepared, own, tokenizer, token_budget)
-            case Scorer.NLL:
+            case scorer if scorer in GENERATION:
+                scores[own] = score_questions(
+                    reader, prepared, own, tokenizer, token_budget, scorer
+                )
+            case _:
                 texts = [prepared.texts[i] for i in own]
                 tokens = np.full(len(prepared), np.nan, np.float32)
                 scores[own], tokens[own] = score_texts(reader, texts, token_budget)

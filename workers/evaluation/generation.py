@@ -1,4 +1,4 @@
-"""Exact match: greedy generation in batches without padding, and what counts as equal."""
+"""Generated answers: greedy generation in batches without padding, scored against the accepted ones."""
 
 # Shape letters: B rows, T tokens, V vocabulary.
 
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from app.domain.benchmarks import Scorer
 from workers.evaluation.forward import Reader, pad_rows
-from workers.evaluation.items import Prepared, QuestionItem, normalise_answer
+from workers.evaluation.items import Prepared, QuestionItem
+from workers.evaluation.scorers import find_scorer
 
 SPREAD_TOKENS = 4  # prompts of a batch differ by no more than this, or by an eighth of the length
 
@@ -58,12 +60,17 @@ def score_questions(
     indices: Sequence[int],
     tokenizer: Any,  # noqa: ANN401 - transformers is untyped
     token_budget: int,
+    scorer: Scorer = Scorer.EXACT_MATCH,
 ) -> NDArray[np.float32]:
-    """1 for each item whose answer is an accepted one after normalisation, else 0.
+    """What each item's generated answer is worth, from 0 to 1.
 
     The answer is the first line with visible text (the whole text where an accepted answer has several
-    lines), without special tokens; letter case and white space don't count.
+    lines), without special tokens.
+
+    Raises:
+        TrainingFailed: The scorer's library is not installed.
     """
+    score = find_scorer(scorer)
     items = [_fit(prepared.questions[i], reader.max_tokens) for i in indices]
     stop = StopRule(prepared, tokenizer, reader)
     answers: list[list[int]] = [[] for _ in items]
@@ -74,7 +81,7 @@ def score_questions(
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return np.asarray(
         [
-            float(_spoken(text, one_line=prepared.one_line) in item.accepted)
+            score(_spoken(text, one_line=prepared.one_line), item.accepted)
             for text, item in zip(texts, items, strict=True)
         ],
         np.float32,
@@ -150,7 +157,7 @@ def _batches(
 def _spoken(text: str, *, one_line: bool) -> str:
     if one_line:
         text = next((line for line in text.splitlines() if line.strip()), "")
-    return normalise_answer(text)
+    return text.strip()
 
 
 def _fit(item: QuestionItem, max_tokens: int) -> QuestionItem:

@@ -9,7 +9,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from app.domain.benchmarks import ExactMatchItem, MultipleChoiceItem, NllItem, Scorer
+from app.domain.benchmarks import (
+    GENERATION,
+    ExactMatchItem,
+    MultipleChoiceItem,
+    NllItem,
+    Scorer,
+)
 from app.domain.jsonlines import read_lines
 from app.domain.rows import ChatRow, Item, Row, TextRow, iter_items
 from app.domain.runplan import BenchmarkPlan
@@ -35,7 +41,7 @@ class QuestionItem:
     """A question as tokens, and what counts as its answer."""
 
     prompt: list[int]
-    accepted: frozenset[str]  # normalised
+    accepted: tuple[str, ...]
     max_tokens: int
 
 
@@ -69,11 +75,6 @@ def load_items(path: Path, scorer: Scorer) -> tuple[Item, ...]:
     """
     stat = path.stat()
     return _load_items(path, scorer, (stat.st_size, stat.st_mtime_ns))
-
-
-def normalise_answer(text: str) -> str:
-    """What two answers must share to be equal: letter case and white space don't count, all else does."""
-    return " ".join(text.casefold().split())
 
 
 class _Kept:
@@ -120,13 +121,13 @@ def prepare(
         items = load_items(Path(benchmark.path), benchmark.scorer)
         encoder = Encoder(tokenizer, param=param)
         match benchmark.scorer:
+            case scorer if scorer in GENERATION:
+                asked = [item for item in items if isinstance(item, ExactMatchItem)]
+                prepared = _prepare_questions(asked, renderer, encoder, tokenizer)
             case Scorer.MULTIPLE_CHOICE:
                 chosen = [item for item in items if isinstance(item, MultipleChoiceItem)]
                 prepared = _prepare_choices(chosen, renderer, encoder)
-            case Scorer.EXACT_MATCH:
-                asked = [item for item in items if isinstance(item, ExactMatchItem)]
-                prepared = _prepare_questions(asked, renderer, encoder, tokenizer)
-            case Scorer.NLL:
+            case _:
                 rows = [_as_row(item) for item in items if isinstance(item, NllItem)]
                 rendered = [renderer.render_row(row) for row in rows]
                 prepared = Prepared(texts=tuple(TextItem(*r) for r in encoder.encode(rendered)))
@@ -187,7 +188,7 @@ def _prepare_questions(
         questions=tuple(
             QuestionItem(
                 prompt=prompt,
-                accepted=frozenset(normalise_answer(answer) for answer in answers),
+                accepted=tuple(answers),
                 max_tokens=item.max_tokens or most + ANSWER_MARGIN_TOKENS,
             )
             for item, prompt, answers, most in zip(items, prompts, accepted, longest, strict=True)

@@ -16,6 +16,7 @@ from app.domain.benchmarks import (
     BenchmarkScores,
     Scorer,
     Scores,
+    item_id,
     pack_array,
     split_items,
     unpack_array,
@@ -74,7 +75,7 @@ class Watched:
             tokens = unpack_array(plan.baseline_tokens)
         return cls(
             plan,
-            tuple(item["id"] for item in items),
+            tuple(item_id(item) for item in items),
             np.asarray([_chance(plan.scorer, item) for item in items]),
             Measured(baseline, tokens),
         )

@@ -1,4 +1,4 @@
-"""Exact match: the greedy continuation of each prompt on its own, whatever the batches; and what is equal."""
+"""Generated answers: the greedy continuation of each prompt on its own, whatever the batches."""
 
 from typing import Any
 
@@ -11,14 +11,15 @@ from tests.workers.evaluation.cases import Tiny, make_benchmark, make_tiny, word
 from workers.evaluation.evaluate import evaluate
 from workers.evaluation.forward import Reader, scoring
 from workers.evaluation.generation import StopRule, generate, score_questions
-from workers.evaluation.items import Prepared, QuestionItem, normalise_answer, prepare
+from workers.evaluation.items import Prepared, QuestionItem, prepare
+from workers.evaluation.scorers import token_f1
 
 LIMIT = 9
 
 
 def make_prepared(tiny: Tiny, n: int, *, stop_ids: frozenset[int] = frozenset({2})) -> Prepared:
     prompts = [tiny.tokenizer(words(1 + i % 7, i))["input_ids"] for i in range(n)]
-    items = tuple(QuestionItem(p, frozenset(), 1 + (i * 5) % LIMIT) for i, p in enumerate(prompts))
+    items = tuple(QuestionItem(p, (), 1 + (i * 5) % LIMIT) for i, p in enumerate(prompts))
     return Prepared(questions=items, stop_ids=stop_ids, one_line=False)
 
 
@@ -69,9 +70,7 @@ def test_answers_do_not_depend_on_the_token_budget() -> None:
     ]
     accepted = Prepared(
         questions=tuple(
-            QuestionItem(
-                item.prompt, frozenset({normalise_answer(text) if i % 2 else "no"}), item.max_tokens
-            )
+            QuestionItem(item.prompt, (text if i % 2 else "no",), item.max_tokens)
             for i, (item, text) in enumerate(zip(prepared.questions, texts, strict=True))
         ),
         stop_ids=prepared.stop_ids,
@@ -88,10 +87,29 @@ def test_answers_do_not_depend_on_the_token_budget() -> None:
         assert np.array_equal(result, results[0])
 
 
-def test_letter_case_and_white_space_do_not_count_and_all_else_does() -> None:
-    assert normalise_answer("  The\tBIG \n answer ") == "the big answer"
-    assert normalise_answer("Straße") == normalise_answer("STRASSE")
-    assert normalise_answer("4.") != normalise_answer("4")
+def test_an_answer_with_words_in_common_is_worth_a_share() -> None:
+    tiny = make_tiny()
+    prepared = make_prepared(tiny, 8)
+    texts = [
+        tiny.tokenizer.decode(alone(tiny, item, frozenset({2}))).strip()
+        for item in prepared.questions
+    ]
+    asked = Prepared(
+        questions=tuple(
+            QuestionItem(item.prompt, (f"{text} zebra",), item.max_tokens)
+            for item, text in zip(prepared.questions, texts, strict=True)
+        ),
+        stop_ids=prepared.stop_ids,
+        one_line=False,
+    )
+    with scoring(tiny.model):
+        reader = Reader(tiny.model)
+        found = score_questions(
+            reader, asked, range(8), tiny.tokenizer, 500, scorer=Scorer.TOKEN_F1
+        )
+    wanted = [token_f1(text, [f"{text} zebra"]) for text in texts]
+    assert found == pytest.approx(wanted)
+    assert ((found > 0) & (found < 1)).any()
 
 
 class Scripted(torch.nn.Module):
