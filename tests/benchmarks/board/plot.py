@@ -94,6 +94,8 @@ def _panel(axes: Any, rows: Sequence[Row], numbers: dict[str, int], *, is_single
         )
     front = pareto(points)
     axes.plot(*zip(*front, strict=True), color="#222222", linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_yticks(range(0, 101, 10))
     _labels(axes, rows, numbers, is_single=is_single)
     axes.set_xlabel("domain accuracy, %")
     axes.set_ylabel("kept of exact match on unseen skills, %")
