@@ -43,8 +43,13 @@ def _pairs(items: Iterable[tuple[str, str]]) -> dict[str, str]:
     return found
 
 
-def wants(request: Request, what: str) -> bool:
+def wants(request: Request, what: str, *, known: tuple[str, ...] = ()) -> bool:
     """Whether `include` names something; lists come as `include=x`, or as `include[]=x` from the openai client.
+
+    Args:
+        request: With the query.
+        what: That is asked about.
+        known: What else the route can include.
 
     Raises:
         BadRequest: It names something else too.
@@ -52,6 +57,7 @@ def wants(request: Request, what: str) -> bool:
     query = request.query_params
     named = [*query.getlist("include"), *query.getlist("include[]")]
     for name in named:
-        if name != what:
-            raise BadRequest(f"include: only '{what}' is known here.", "include")
-    return bool(named)
+        if name != what and name not in known:
+            names = " and ".join(f"'{each}'" for each in sorted({what, *known}))
+            raise BadRequest(f"include: only {names} is known here.", "include")
+    return what in named

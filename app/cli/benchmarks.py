@@ -20,13 +20,20 @@ def add(
     kind: Annotated[
         BenchmarkKind, typer.Option(help="general: must not drop; domain: what is learned.")
     ] = BenchmarkKind.GENERAL,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=2, help="Draw so many items, each subject in proportion. [default: all]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the draw. [default: 0]")] = None,
+    source: Annotated[str | None, typer.Option(help="Where the items come from.")] = None,
 ) -> None:
     """Upload items and register them as the next version of a benchmark."""
     with ApiClient() as client:
         file_id = file if file.startswith("file-") else client.upload(Path(file), "evals")
+        body = {"name": name, "file": file_id, "kind": kind.value, "scorer": scorer.value}
+        drawn = {"limit": limit, "seed": seed, "source": source}
         answer = client.post(
-            "benchmarks",
-            {"name": name, "file": file_id, "kind": kind.value, "scorer": scorer.value},
+            "benchmarks", body | {key: value for key, value in drawn.items() if value is not None}
         )
     show(str(answer["id"]))
 

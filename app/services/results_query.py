@@ -10,11 +10,12 @@ import numpy as np
 from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, Evaluation, Job
+from app.db.repositories.benchmarks import BenchmarkRepository
 from app.db.repositories.catalog import CatalogRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.db.repositories.registry import RegistryRepository
 from app.db.repositories.results import ResultFilter, ResultRepository
-from app.domain.benchmarks import item_id
+from app.domain.benchmarks import Subjects, item_id, unpack_array
 from app.domain.identifiers import PREFIXES, parse_id, public_id
 from app.services.evaluations import unpack_bytes
 from app.services.storage import Storage
@@ -36,6 +37,7 @@ class ShownResult:
     row: Evaluation
     subject_id: str
     items: list[dict[str, Any]] | None = None
+    subjects: list[dict[str, Any]] | None = None
 
 
 def list_results(
@@ -65,13 +67,21 @@ def list_results(
 
 
 def show_results(
-    session: Session, storage: Storage, rows: Sequence[Evaluation], *, with_items: bool
+    session: Session,
+    storage: Storage,
+    rows: Sequence[Evaluation],
+    *,
+    with_items: bool,
+    with_subjects: bool = False,
 ) -> list[ShownResult]:
-    """Results with their subjects' public ids, and with their items' scores when asked for."""
+    """Results with their subjects' public ids, and when asked for with the scores of items and of their subjects."""
     bases = {base.sha256: base.name for base in CatalogRepository(session).list_models()}
     ids: dict[UUID, list[str]] = {}
+    subjects: dict[UUID, Subjects] = {}
+    versions = {row.benchmark_version_id for row in rows if row.benchmark_version_id}
+    if with_subjects:
+        subjects = BenchmarkRepository(session).list_subjects(versions)
     if with_items:
-        versions = {row.benchmark_version_id for row in rows if row.benchmark_version_id}
         files = ResultRepository(session).item_files(versions)
         ids = {key: _read_ids(storage, path) for key, path in files.items()}
     return [
@@ -79,6 +89,9 @@ def show_results(
             row,
             _subject_id(row, bases),
             _items(row, ids.get(row.benchmark_version_id)) if row.benchmark_version_id else None,
+            _break_down(row, subjects.get(row.benchmark_version_id))
+            if row.benchmark_version_id
+            else None,
         )
         for row in rows
     ]
@@ -125,3 +138,26 @@ def _items(row: Evaluation, ids: list[str] | None) -> list[dict[str, Any]] | Non
             item["tokens"] = int(tokens[place])
         items.append(item)
     return items
+
+
+def _break_down(row: Evaluation, subjects: Subjects | None) -> list[dict[str, Any]] | None:
+    """Each subject's number of scored items and mean score; of `nll` in nats per token."""
+    if subjects is None or row.scores is None:
+        return None
+    scores = unpack_bytes(row.scores).astype(np.float64)
+    codes = unpack_array(subjects.codes).astype(np.int64)
+    tokens = None if row.tokens is None else unpack_bytes(row.tokens).astype(np.float64)
+    found = []
+    for place, name in enumerate(subjects.names):
+        chosen = (codes == place) & np.isfinite(scores)
+        if not chosen.any():
+            continue
+        size = float(chosen.sum() if tokens is None else max(tokens[chosen].sum(), 1.0))
+        found.append(
+            {
+                "subject": name,
+                "n_items": int(chosen.sum()),
+                "value": float(scores[chosen].sum()) / size,
+            }
+        )
+    return found

@@ -3,7 +3,13 @@
 from fastapi import APIRouter, Response
 from sqlalchemy.orm import Session
 
-from app.api.dependencies import BenchmarksReader, BenchmarksWriter, SessionDep, WriterDep
+from app.api.dependencies import (
+    BenchmarksReader,
+    BenchmarksWriter,
+    ResourcesDep,
+    SessionDep,
+    WriterDep,
+)
 from app.api.paging import After, Limit, parse_after
 from app.api.schemas.base import Page, build_page
 from app.api.schemas.benchmarks import (
@@ -20,15 +26,17 @@ router = APIRouter(prefix="/v1/benchmarks", tags=["benchmarks"])
 
 @router.post("", response_model=BenchmarkObject)
 def create_benchmark(
-    body: CreateBenchmark, caller: BenchmarksWriter, writer: WriterDep
+    body: CreateBenchmark, caller: BenchmarksWriter, writer: WriterDep, resources: ResourcesDep
 ) -> Response:
-    """Makes version n+1 of the benchmark of this name from an uploaded file of items."""
+    """Makes version n+1 of the benchmark of this name from an uploaded file of items, or from a part of it."""
+    factory, storage = resources.session_factory, resources.storage
+    with benchmarks.store_drawn(factory, storage, caller.project_id, body) as drawn:
 
-    def work(session: Session) -> BenchmarkObject:
-        benchmark, version = benchmarks.create_benchmark(session, caller.project_id, body)
-        return show_benchmark(benchmark, version)
+        def work(session: Session) -> BenchmarkObject:
+            made = benchmarks.create_benchmark(session, caller.project_id, body, drawn)
+            return show_benchmark(*made)
 
-    return writer.run(caller, body, work)
+        return writer.run(caller, body, work)
 
 
 @router.get("")

@@ -27,6 +27,7 @@ from app.services.results_query import WantedResults, list_results, show_results
 
 router = APIRouter(tags=["benchmark results"])
 
+INCLUDED = ("items", "subjects")
 MAX_WITH_ITEMS = 20  # results of a page, when each brings its items
 
 
@@ -70,7 +71,7 @@ def list_all_results(
     wanted: Annotated[ResultQuery, Depends()],
     subject_id: Annotated[str | None, Query(max_length=512)] = None,
 ) -> Page[ResultObject]:
-    """Results of a job, a model version or a base model; `include=items` adds each item's score."""
+    """Results of a job, a model version or a base model; `include=items` adds each item's score, `include=subjects` each subject's."""
     return _load(request, session, caller, resources, wanted, subject_id)
 
 
@@ -83,7 +84,7 @@ def list_job_results(
     resources: ResourcesDep,
     wanted: Annotated[ResultQuery, Depends()],
 ) -> Page[ResultObject]:
-    """Results of one job; `include=items` adds each item's score."""
+    """Results of one job; `include=items` adds each item's score, `include=subjects` each subject's."""
     parse_id("job", fine_tuning_job_id, param="fine_tuning_job_id")
     return _load(request, session, caller, resources, wanted, fine_tuning_job_id)
 
@@ -96,7 +97,7 @@ def _load(
     wanted: ResultQuery,
     subject_id: str | None,
 ) -> Page[ResultObject]:
-    with_items = wants(request, "items")
+    with_items = wants(request, "items", known=INCLUDED)
     found, has_more = list_results(
         session,
         caller.project_id,
@@ -105,5 +106,11 @@ def _load(
         limit=min(wanted.limit, MAX_WITH_ITEMS) if with_items else wanted.limit,
         is_newest_first=wanted.order == "desc",
     )
-    shown = show_results(session, resources.storage, found, with_items=with_items)
+    shown = show_results(
+        session,
+        resources.storage,
+        found,
+        with_items=with_items,
+        with_subjects=wants(request, "subjects", known=INCLUDED),
+    )
     return build_page([show_result(result) for result in shown], has_more=has_more)

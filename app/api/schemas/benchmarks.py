@@ -2,9 +2,19 @@
 
 from typing import Literal
 
-from app.api.schemas.base import Identified, unix
+from app.api.schemas.base import Identified, Schema, unix
 from app.db.models import Benchmark, BenchmarkVersion
+from app.domain.benchmarks import Subjects
 from app.domain.identifiers import public_id
+
+
+class SubsetObject(Schema):
+    """How a version's items were drawn from a larger file."""
+
+    limit: int
+    seed: int
+    of_items: int
+    of_sha256: str
 
 
 class BenchmarkObject(Identified):
@@ -22,6 +32,9 @@ class BenchmarkObject(Identified):
     items_sha256: str
     num_items: int
     chance: float
+    source: str | None
+    subset: SubsetObject | None
+    subjects: dict[str, int] | None
 
 
 class BenchmarkVersionObject(Identified):
@@ -37,6 +50,9 @@ class BenchmarkVersionObject(Identified):
     items_sha256: str
     num_items: int
     chance: float
+    source: str | None
+    subset: SubsetObject | None
+    subjects: dict[str, int] | None
 
 
 def show_benchmark(benchmark: Benchmark, version: BenchmarkVersion) -> BenchmarkObject:
@@ -57,6 +73,9 @@ def show_benchmark(benchmark: Benchmark, version: BenchmarkVersion) -> Benchmark
         items_sha256=version.items_sha256,
         num_items=version.num_items,
         chance=version.chance,
+        source=version.source,
+        subset=None if version.subset is None else SubsetObject.model_validate(version.subset),
+        subjects=_count_subjects(version),
     )
 
 
@@ -73,4 +92,12 @@ def show_version(name: str, version: BenchmarkVersion, *, is_own: bool) -> Bench
         items_sha256=version.items_sha256,
         num_items=version.num_items,
         chance=version.chance,
+        source=version.source,
+        subset=None if version.subset is None else SubsetObject.model_validate(version.subset),
+        subjects=_count_subjects(version),
     )
+
+
+def _count_subjects(version: BenchmarkVersion) -> dict[str, int] | None:
+    """Number of items by subject."""
+    return None if version.subjects is None else Subjects.model_validate(version.subjects).counts()

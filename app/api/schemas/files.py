@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from app.api.schemas.base import Identified, unix, unix_or_none
 from app.db.models import File
+from app.domain.benchmarks import Subjects
 from app.domain.identifiers import public_id
 
 
@@ -34,5 +35,12 @@ def show_file(file: File) -> FileObject:
         status=file.status,
         status_details=file.status_details,
         sha256=file.sha256,
-        report=file.report,
+        report=_show_report(file.report),
     )
+
+
+def _show_report(report: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The check's findings, subjects as their numbers of items."""
+    if report is None or report.get("subjects") is None:
+        return report
+    return report | {"subjects": Subjects.model_validate(report["subjects"]).counts()}

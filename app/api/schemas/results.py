@@ -24,6 +24,14 @@ class ResultItemObject(Schema):
     tokens: int | None = None
 
 
+class SubjectScoreObject(Schema):
+    """The mean over a subject's items; of `nll` in nats per token."""
+
+    subject: str
+    n_items: int
+    value: float
+
+
 class ResultObject(Identified):
     """One benchmark of one subject."""
 
@@ -43,6 +51,7 @@ class ResultObject(Identified):
     source: str
     paired: bool
     items: list[ResultItemObject] | None = None
+    subjects: list[SubjectScoreObject] | None = None
 
 
 class LookObject(Schema):
@@ -87,6 +96,11 @@ def show_result(shown: ShownResult) -> ResultObject:
             None
             if shown.items is None
             else [ResultItemObject.model_validate(item) for item in shown.items]
+        ),
+        subjects=(
+            None
+            if shown.subjects is None
+            else [SubjectScoreObject.model_validate(found) for found in shown.subjects]
         ),
     )
 

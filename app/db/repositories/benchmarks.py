@@ -1,13 +1,15 @@
 """Queries on benchmarks, their versions and suites, as projects see them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy import func, or_, select
 from sqlalchemy.dialects.postgresql import distinct_on
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer
 
 from app.db.models import Benchmark, BenchmarkVersion, SuiteEntry
+from app.domain.benchmarks import Subjects
 from app.errors import NotFound
 
 
@@ -118,6 +120,7 @@ class BenchmarkRepository:
         found = self._session.scalars(
             select(BenchmarkVersion)
             .where(BenchmarkVersion.benchmark_id.in_([b.id for b in benchmarks]))
+            .options(undefer(BenchmarkVersion.subjects))
             .ext(distinct_on(BenchmarkVersion.benchmark_id))
             .order_by(BenchmarkVersion.benchmark_id, BenchmarkVersion.version.desc())
         )
@@ -137,12 +140,22 @@ class BenchmarkRepository:
             for name, version, weight, is_mandatory in rows
         ]
 
+    def list_subjects(self, version_ids: Iterable[UUID]) -> dict[UUID, Subjects]:
+        """The subjects of those versions whose items have some."""
+        rows = self._session.execute(
+            select(BenchmarkVersion.id, BenchmarkVersion.subjects).where(
+                BenchmarkVersion.id.in_(list(version_ids)), BenchmarkVersion.subjects.is_not(None)
+            )
+        )
+        return {version_id: Subjects.model_validate(subjects) for version_id, subjects in rows}
+
     def list_versions(self, benchmark: Benchmark) -> list[BenchmarkVersion]:
         """Every version of a benchmark, newest first."""
         return list(
             self._session.scalars(
                 select(BenchmarkVersion)
                 .where(BenchmarkVersion.benchmark_id == benchmark.id)
+                .options(undefer(BenchmarkVersion.subjects))
                 .order_by(BenchmarkVersion.version.desc())
             )
         )
