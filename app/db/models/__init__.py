@@ -8,19 +8,24 @@ from app.db.models.catalog import (
     SuiteEntry,
 )
 from app.db.models.delivery import IdempotencyKey, OutboxMessage, Worker
+from app.db.models.deployment import Alias, AliasChange, RegisteredModel, RegisteredVersion
 from app.db.models.files import File
 from app.db.models.history import Checkpoint, DecisionRow, Evaluation
 from app.db.models.jobs import Job, JobEvent, JobOrder
+from app.db.models.monitors import Compensation, Monitor, MonitorLook
 from app.db.models.projects import ApiKey, Project
 from app.db.models.registry import ModelVersion
 from app.db.models.webhooks import WebhookDelivery, WebhookEndpoint, WebhookEvent
 
 __all__ = [
+    "Alias",
+    "AliasChange",
     "ApiKey",
     "BaseModel",
     "Benchmark",
     "BenchmarkVersion",
     "Checkpoint",
+    "Compensation",
     "DecisionRow",
     "Evaluation",
     "File",
@@ -29,8 +34,12 @@ __all__ = [
     "JobEvent",
     "JobOrder",
     "ModelVersion",
+    "Monitor",
+    "MonitorLook",
     "OutboxMessage",
     "Project",
+    "RegisteredModel",
+    "RegisteredVersion",
     "RequiredBenchmark",
     "SuiteEntry",
     "WebhookDelivery",
