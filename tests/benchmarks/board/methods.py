@@ -146,7 +146,7 @@ def by_rate(*others: Setting) -> tuple[Setting, ...]:
     return (Setting(), *others, *rates)[:4]
 
 
-def with_fields(kind: str, *options: tuple[str, Fields]) -> tuple[Setting, ...]:
-    """The default, up to two other knobs, and the default at less than half the learning rate."""
+def with_fields(kind: str, *options: tuple[str, Fields], rate: float = 0.4) -> tuple[Setting, ...]:
+    """The default, two other knobs, and the default at another learning rate."""
     own = tuple(Setting(label, fields={kind: fields}) for label, fields in options)
-    return (Setting(), *own, Setting("rate x0.4", rate=0.4))
+    return (Setting(), *own, Setting(f"rate x{rate:g}", rate=rate))

@@ -80,14 +80,14 @@ STRATEGIES = (
     Method(
         "domain_adapters",
         (ADAPTERS,),
-        with_fields("domain_adapters", ("r 16", {"r": 16}), ("r 4", {"r": 4})),
+        with_fields("domain_adapters", ("r 16", {"r": 16}), ("r 4", {"r": 4}), rate=2.0),
         training="lora",
         general_rows=True,
     ),
     Method(
         "domain_adapters (bottleneck)",
         ({**ADAPTERS, "kind": "bottleneck", "r": 16},),
-        with_fields("domain_adapters", ("r 32", {"r": 32}), ("r 8", {"r": 8})),
+        with_fields("domain_adapters", ("r 32", {"r": 32}), ("r 8", {"r": 8}), rate=2.0),
         training="lora",
         general_rows=True,
     ),
@@ -186,7 +186,7 @@ COMBINATIONS = (
     Method(
         "domain_adapters + replay + distillation",
         (ADAPTERS, REPLAY, DISTILL),
-        with_fields("domain_adapters", ("r 16", {"r": 16}), ("r 4", {"r": 4})),
+        with_fields("domain_adapters", ("r 16", {"r": 16}), ("r 4", {"r": 4}), rate=2.0),
         training="lora",
         general_rows=True,
         group="combination",
