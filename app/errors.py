@@ -6,6 +6,7 @@
     ├── Forbidden           403
     ├── NotFound            404
     ├── Conflict            409
+    ├── PreconditionFailed  412
     ├── TooLarge            413
     ├── UnprocessableKey    422  an Idempotency-Key used again for another body
     ├── QuotaExceeded       429
@@ -69,6 +70,12 @@ class Conflict(RetainError):
     """The thing is in a state that does not allow this."""
 
     code = "conflict"
+
+
+class PreconditionFailed(RetainError):
+    """The thing has changed since the caller read it."""
+
+    code = "precondition_failed"
 
 
 class TooLarge(RetainError):

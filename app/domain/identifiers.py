@@ -20,6 +20,11 @@ PREFIXES: Final = {
     "webhook_delivery": "whd_",
     "export": "export-",
     "run": "run_",
+    "evaluation_job": "evaljob-",
+    "registered_model": "rm_",
+    "alias_change": "aliasc_",
+    "monitor": "mon_",
+    "monitor_look": "look_",
     "api_key": "key_",
 }
 

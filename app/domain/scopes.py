@@ -16,7 +16,8 @@ class Scope(StrEnum):
     FILES_READ = "files:read"
     FILES_WRITE = "files:write"
     MODELS_READ = "models:read"
-    MODELS_WRITE = "models:write"  # publish and delete model versions
+    MODELS_WRITE = "models:write"  # publish and delete model versions, promote and roll back
+    MODELS_FORCE = "models:force"  # promote what the gate refuses; each time with a reason
     BENCHMARKS_READ = "benchmarks:read"
     BENCHMARKS_WRITE = "benchmarks:write"
     RESULTS_READ = "results:read"
@@ -26,8 +27,10 @@ class Scope(StrEnum):
     KEYS_ADMIN = "keys:admin"  # make and revoke keys
 
 
-#: A key that is made without naming scopes: everything but making further keys.
-DEFAULT_SCOPES = tuple(scope for scope in Scope if scope is not Scope.KEYS_ADMIN)
+#: A key that is made without naming scopes: everything but making further keys and passing gates.
+DEFAULT_SCOPES = tuple(
+    scope for scope in Scope if scope not in {Scope.KEYS_ADMIN, Scope.MODELS_FORCE}
+)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ EVENT_TYPES: Final = (
     "retention.stopped",
     "retention.proposed",
     "retention.overridden",
+    "registered_model.alias_moved",
+    "monitor.regression_detected",
+    "monitor.stale",
+    "monitor.compensation_failed",
     "webhook_endpoint.disabled",
 )
 MAX_ENDPOINTS: Final = 50  # per project
