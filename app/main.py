@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from app.api.dependencies import Resources
 from app.api.errors import ErrorBody, install_error_handlers
 from app.api.limits import BodyLimits, RequestFrame
-from app.api.routes import benchmarks, files, health, jobs, models, results, webhooks
+from app.api.routes import benchmarks, files, health, jobs, models, results, runs, webhooks
 from app.db.session import SessionFactory, build_engine, build_session_factory
 from app.services.ciphers import load_cipher
 from app.services.logs import configure_logging
@@ -20,7 +20,7 @@ from app.web import build_router
 
 #: One process serves so many requests at once from threads; each holds at most one connection.
 POOL_SIZE = 15
-RESULTS_PATH = "/v1/benchmark_results"
+RESULTS_PATHS = ("/v1/benchmark_results", "/v1/runs/*/baseline", "/v1/runs/*/evaluations")
 MAX_RESULTS_BYTES = 16 * 2**20  # hundreds of thousands of items' scores
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -49,14 +49,14 @@ def create_app(
         cipher=load_cipher(settings) if cipher is None else cipher,
     )
     install_error_handlers(app)
-    for noun in (files, jobs, models, benchmarks, results, webhooks, health):
+    for noun in (files, jobs, models, benchmarks, results, runs, webhooks, health):
         app.include_router(noun.router)
     app.include_router(build_router())
     app.include_router(build_router())
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_json_bytes,
-        larger={RESULTS_PATH: max(settings.max_json_bytes, MAX_RESULTS_BYTES)},
+        larger=dict.fromkeys(RESULTS_PATHS, max(settings.max_json_bytes, MAX_RESULTS_BYTES)),
     )
     app.add_middleware(RequestFrame)  # added last, so outermost
     return app

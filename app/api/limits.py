@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Final
 from uuid import uuid4
 
@@ -81,7 +82,7 @@ class BodyLimits:
     Args:
         app: The layer below.
         max_bytes: Of a JSON body.
-        larger: Other limits by path.
+        larger: Other limits by path, in which a `*` stands for an id.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, larger: Mapping[str, int]) -> None:
@@ -98,7 +99,10 @@ class BodyLimits:
         ):
             await self._app(scope, receive, send)
             return
-        limit = self._larger.get(scope["path"], self._max_bytes)
+        limit = next(
+            (size for path, size in self._larger.items() if fnmatchcase(scope["path"], path)),
+            self._max_bytes,
+        )
         try:
             body = await read_body(receive, limit)
             if body and "json" in Headers(scope=scope).get("content-type", ""):

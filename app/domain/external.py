@@ -1,5 +1,6 @@
 """Runs that are trained elsewhere: what is registered, what they post, and what they are told to do."""
 
+from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
@@ -201,19 +202,22 @@ def point_id(branch: int, step: int) -> str:
     return f"{branch}:{step}"
 
 
-def live_checkpoints(look: Look | None, decision: Decision | None) -> tuple[CheckpointFact, ...]:
-    """What can be gone back to after the latest decision in force: a rollback left what lay after its target.
+def live_checkpoints(
+    look: Look | None, carried_out: Sequence[Decision]
+) -> tuple[CheckpointFact, ...]:
+    """What can be gone back to: a rollback left behind what lay after its target.
 
     Args:
-        look: The evidence of the latest decision, whose checkpoints are all there were; None before the first.
-        decision: What was carried out on it.
+        look: The latest evidence, whose checkpoints are all there were then; None before the first.
+        carried_out: What was decided on it and since.
     """
-    if look is None or decision is None:
+    if look is None:
         return (START,)
-    if decision.action is not Action.ROLL_BACK:
-        return look.checkpoints
-    target = target_step(decision)
-    return tuple(fact for fact in look.checkpoints if fact.step <= target)
+    facts = look.checkpoints
+    for decision in carried_out:
+        if decision.action is Action.ROLL_BACK:
+            facts = tuple(fact for fact in facts if fact.step <= target_step(decision))
+    return facts
 
 
 def target_step(decision: Decision) -> int:
@@ -230,7 +234,7 @@ def instructions(before: ControllerState, decision: Decision) -> tuple[Instructi
     is_rollback = decision.action is Action.ROLL_BACK
     if is_rollback:
         told.append(GoBack(step=target_step(decision), branch=after.branch))
-    for strategy, strength in after.strengths.items():
+    for strategy, strength in sorted(after.strengths.items()):
         if is_rollback or strength != before.strengths.get(strategy):
             told.append(SetStrength(strategy=strategy, strength=strength))
     if is_rollback or after.learning_rate_scale != before.learning_rate_scale:

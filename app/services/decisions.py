@@ -94,6 +94,17 @@ def apply_decision(
     return row
 
 
+def in_force(row: DecisionRow) -> Decision:
+    """What is carried out: the decision, but of a mere proposal nothing."""
+    decision = Decision.model_validate(row.decision)
+    if row.state not in {"proposed", "accepted"}:
+        return decision
+    before = ControllerState.model_validate(row.evidence["state"])
+    return decision.model_copy(
+        update={"action": Action.KEEP, "state": before, "target_checkpoint_id": None}
+    )
+
+
 def list_facts(history: HistoryRepository, job: Job) -> tuple[CheckpointFact, ...]:
     """The valid checkpoints as `decide` sees them: evaluated ones, and the start always."""
     facts = [

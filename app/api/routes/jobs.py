@@ -22,14 +22,13 @@ from app.api.dependencies import (
 )
 from app.api.paging import After, Limit, metadata_filter, parse_after, wants
 from app.api.schemas.base import Page, build_page
+from app.api.schemas.decisions import DecisionObject, show_decision
 from app.api.schemas.jobs import (
     CheckpointObject,
-    DecisionObject,
     EventObject,
     FrontierObject,
     JobObject,
     show_checkpoint,
-    show_decision,
     show_event,
     show_job,
 )

@@ -1,4 +1,4 @@
-"""The job object, and what a job has: events, checkpoints, decisions, the frontier."""
+"""The job object, and what a job has: events, checkpoints, the frontier."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -7,7 +7,7 @@ from pydantic import Field
 
 from app.api.schemas.base import Identified, Schema, unix, unix_or_none
 from app.api.schemas.stages import ShownStage, ShownStudent, show_stages, show_student
-from app.db.models import Checkpoint, DecisionRow, Job, JobEvent
+from app.db.models import Checkpoint, Job, JobEvent
 from app.domain.identifiers import checkpoint_name, model_version_name, public_id
 from app.domain.policy import Policy
 from app.domain.spec import JobSpec
@@ -129,27 +129,6 @@ class CheckpointObject(Identified):
     size_bytes: int
 
 
-class DecisionObject(Identified):
-    """What the controller did at one evaluation point, with the numbers it rested on."""
-
-    object: Literal["retention.decision"] = "retention.decision"
-    created_at: int
-    fine_tuning_job_id: str
-    branch: int
-    step: int
-    look: int
-    origin: str
-    action: str
-    code: str
-    reason: str
-    state: str
-    reading: dict[str, Any]
-    before: dict[str, Any]
-    after: dict[str, Any]
-    target_checkpoint_id: str | None
-    evidence: dict[str, Any] | None
-
-
 class FrontierObject(Schema):
     """The line from base (alpha 0) to tuned (alpha 1), measured at the job's end."""
 
@@ -243,29 +222,6 @@ def show_checkpoint(checkpoint: Checkpoint, shown: ShownJob) -> CheckpointObject
         attempt=checkpoint.attempt,
         branch=checkpoint.branch,
         size_bytes=checkpoint.size_bytes,
-    )
-
-
-def show_decision(row: DecisionRow, *, with_evidence: bool) -> DecisionObject:
-    """A decision as clients see it; its evidence is all that `decide()` got."""
-    target = row.target_checkpoint_id
-    return DecisionObject(
-        id=public_id("decision", row.id),
-        created_at=unix(row.created_at),
-        fine_tuning_job_id=public_id("job", row.job_id),
-        branch=row.branch,
-        step=row.step,
-        look=row.look,
-        origin=row.origin,
-        action=row.action,
-        code=row.code,
-        reason=row.reason,
-        state=row.state,
-        reading=row.evidence["look"]["reading"],
-        before=row.evidence["state"],
-        after=row.decision["state"],
-        target_checkpoint_id=None if target is None else public_id("checkpoint", target),
-        evidence=row.evidence if with_evidence else None,
     )
 
 

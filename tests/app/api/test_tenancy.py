@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from app.domain.external import CreateRun
 from app.domain.identifiers import public_id
 from app.domain.scopes import DEFAULT_SCOPES, Scope
 from app.domain.states import JobState
+from app.services.external_runs import register_run
 from app.services.webhooks import create_endpoint, emit_event, list_deliveries
 from tests.app.api.conftest import CHAT, Api
 from tests.factories import (
@@ -41,11 +43,15 @@ def foreign(api: Api) -> dict[str, str]:
     ).row
     emit_event(session, project_id=owner.id, type="fine_tuning.job.succeeded", data={}, job=job)
     rows, _ = list_deliveries(session, project_id=owner.id, endpoint_id=endpoint.id)
-    benchmark = make_benchmark(session, owner)
+    benchmark = make_benchmark(session, owner, name="theirs")
+    watched = {"model": "m", "policy": {"benchmarks": [{"name": "theirs"}]}}
+    run = register_run(session, owner.id, CreateRun.model_validate(watched))
     session.commit()
     return {
         "file_id": public_id("file", make_file(session, owner).id),
         "fine_tuning_job_id": public_id("job", job.id),
+        "run_id": public_id("run", run.id),
+        "decision_id": public_id("decision", run.id),
         "model": version.name,
         "benchmark": public_id("benchmark", benchmark.benchmark_id),
         "webhook_endpoint_id": public_id("webhook_endpoint", endpoint.id),
@@ -63,6 +69,13 @@ def body_for(path: str) -> dict[str, Any]:
     """A body that a route takes."""
     if path.endswith("/publish"):
         return {"alpha": 0.5}
+    if path.endswith(("/baseline", "/evaluations")):
+        scores = [{"benchmark": "b", "items": [{"id": "1", "score": 1}]}]
+        return {"scores": scores} | ({"step": 1} if path.endswith("/evaluations") else {})
+    if path.endswith("/acknowledge"):
+        return {"step": 1}
+    if path.endswith("/override"):
+        return {"action": "stop", "reason": "r"}
     return {"name": "n"} if path.endswith("{webhook_endpoint_id}") else {}
 
 
@@ -88,6 +101,7 @@ def test_nothing_foreign_is_listed(api: Api, foreign: dict[str, str]) -> None:
         "/v1/files": "file_id",
         "/v1/fine_tuning/jobs": "fine_tuning_job_id",
         "/v1/benchmarks": "benchmark",
+        "/v1/runs": "run_id",
         "/v1/webhook_endpoints": "webhook_endpoint_id",
     }
     for path, name in cursors.items():
