@@ -36,7 +36,7 @@ class TwoLevelBootstrap:
         self._seeds_RS = rng.integers(self.num_seeds, size=(self.num_draws, self.num_seeds))
         self._shares = {}
         for group, size in sorted(self.sizes.items()):
-            even: Floats = np.full(size, 1.0 / size, np.float64)
+            even = [1.0 / size] * size
             drawn = rng.multinomial(size, even, size=(self.num_draws, self.num_seeds))
             self._shares[group] = drawn.astype(np.float32) / size
 

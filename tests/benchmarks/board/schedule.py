@@ -22,7 +22,7 @@ from tests.benchmarks.board.selection import choose
 
 SEARCH_SEED = 100  # its base model, rows and order are used by no other part of the board
 SEARCH_STAGES = 2
-TRIAL_SECONDS, BASE_SECONDS = 25.0, 75.0  # of a core, until there are measurements
+TRIAL_SECONDS, BASE_SECONDS = 20.0, 70.0  # of a core, until there are measurements
 Log = Callable[[str], None]
 
 
