@@ -38,7 +38,7 @@ class TwoLevelBootstrap:
         for group, size in sorted(self.sizes.items()):
             even = [1.0 / size] * size
             drawn = rng.multinomial(size, even, size=(self.num_draws, self.num_seeds))
-            self._shares[group] = drawn.astype(np.float32) / size
+            self._shares[group] = (drawn / size).astype(np.float32)
 
     def means(self, group: str, values_SNC: NDArray[np.float32]) -> Floats:
         """Means over items and seeds of each column: (R, C)."""
