@@ -1,5 +1,6 @@
 """Carrying a decision out in the database: row, coefficients, rollback, event and webhooks."""
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -33,6 +34,8 @@ from app.services.webhooks import emit_event
 
 START = "start"  # the checkpoint id of step 0 where none was saved: the base as the job got it
 RUN = "run"  # origin of decisions on the trainer's own evaluations
+OVERRIDE, ACCEPT = "override:", "accept:"  # begin the origins of what people ordered
+BY_PEOPLE = (OVERRIDE, ACCEPT)
 WEBHOOKS = {
     Action.RAISE_STRENGTH: "retention.strength_raised",
     Action.LOWER_STRENGTH: "retention.strength_lowered",
@@ -56,6 +59,20 @@ def apply_decision(
         look: The evidence.
         origin: `run`, or `external:<evaluation id>`.
     """
+    levers, before, look = controls_of(job, policy, look)
+    return write_decision(
+        session,
+        job,
+        decide(policy, levers, before, look),
+        origin=origin,
+        evidence=build_evidence(policy, levers, before, look),
+    )
+
+
+def controls_of(
+    job: Job, policy: Policy, look: Look
+) -> tuple[tuple[LeverState, ...], ControllerState, Look]:
+    """What can be turned at this point, the coefficients in force, and the look with the job's stages."""
     if job.kind is JobKind.EXTERNAL:
         asked = RunSpec.model_validate(job.spec).request.levers
         levers, start = run_levers(asked, policy), run_state(asked)
@@ -63,8 +80,33 @@ def apply_decision(
         spec = JobSpec.model_validate(job.spec)
         look = look.model_copy(update={"stages": _stages(spec)})
         levers, start = _controls(spec, policy, look)
-    before = coefficients(job, start)
-    decision = decide(policy, levers, before, look)
+    if job.controller_state is None:
+        return levers, start, look
+    return levers, ControllerState.model_validate(job.controller_state), look
+
+
+def build_evidence(
+    policy: Policy, levers: Sequence[LeverState], before: ControllerState, look: Look
+) -> dict[str, Any]:
+    """All that a decision rests on, as it is recorded and replayed."""
+    return {
+        "policy": policy.model_dump(mode="json"),
+        "levers": [lever.model_dump(mode="json") for lever in levers],
+        "state": before.model_dump(mode="json"),
+        "look": look.model_dump(mode="json"),
+    }
+
+
+def write_decision(
+    session: Session,
+    job: Job,
+    decision: Decision,
+    *,
+    origin: str,
+    evidence: dict[str, Any],
+) -> DecisionRow:
+    """Writes a decision and all that follows from it: coefficients, rollback, event and webhooks."""
+    look = Look.model_validate(evidence["look"])
     row = DecisionRow(
         project_id=job.project_id,
         job_id=job.id,
@@ -76,12 +118,7 @@ def apply_decision(
         code=decision.code,
         reason=decision.reason,
         state="applied",
-        evidence={
-            "policy": policy.model_dump(mode="json"),
-            "levers": [lever.model_dump(mode="json") for lever in levers],
-            "state": before.model_dump(mode="json"),
-            "look": look.model_dump(mode="json"),
-        },
+        evidence=evidence,
         decision=decision.model_dump(mode="json"),
         reply={},
     )
@@ -160,13 +197,6 @@ def _stages(spec: JobSpec) -> tuple[StageFact, ...]:
     return stage_facts(spec.stages, spec.strategies, lora=spec.training.type == "lora")
 
 
-def coefficients(job: Job, start: ControllerState) -> ControllerState:
-    """The coefficients in force: as the last decision left them, else those the job starts with."""
-    if job.controller_state is None:
-        return start
-    return ControllerState.model_validate(job.controller_state)
-
-
 def _controls(
     spec: JobSpec, policy: Policy, look: Look
 ) -> tuple[tuple[LeverState, ...], ControllerState]:
@@ -230,7 +260,10 @@ def _tell(
         message=f"Step {row.step}: {row.action}. {row.reason}",
         data=data,
     )
-    types = ["retention.regression_detected"] if reading.verdict is Verdict.REGRESS else []
+    is_ordered = row.origin.startswith(BY_PEOPLE)
+    is_found = reading.verdict is Verdict.REGRESS and not is_ordered
+    types = ["retention.regression_detected"] if is_found else []
+    types += ["retention.overridden"] if row.origin.startswith(OVERRIDE) else []
     types += [WEBHOOKS[decision.action]] if decision.action in WEBHOOKS else []
     for kind in types:
         about = {"decision": data["decision"]}

@@ -42,6 +42,7 @@ class HistoryRepository:
             .where(
                 DecisionRow.job_id == job.id,
                 DecisionRow.action == "roll_back",
+                DecisionRow.state.in_(("applied", "overridden")),  # no mere proposal
                 DecisionRow.branch == job.branch - 1,
             )
             .order_by(DecisionRow.seq.desc())
