@@ -156,3 +156,4 @@ class Decision(Frozen):
     lever: str | None = None
     alternatives: tuple[str, ...] = ()
     details: dict[str, Any] = Field(default_factory=dict)
+    is_proposal: bool = False  # a `dry_run` policy's: nothing was changed

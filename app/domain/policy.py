@@ -67,6 +67,7 @@ class Policy(Frozen):
     ladder: Ladder = Ladder()
     early_stopping: EarlyStopping = EarlyStopping()
     on_inconclusive: Literal["publish", "refuse"] = "publish"
+    dry_run: bool = False  # decisions are recorded as proposals and change nothing
 
 
 class Retention(Frozen):
