@@ -6,10 +6,18 @@ from typing import Annotated
 import typer
 
 from app.cli.client import ApiClient
-from app.cli.output import show, show_json, show_table
+from app.cli.operator import DataDir, open_database, settings_for
+from app.cli.output import show, show_json, show_table, tell
+from app.db.session import transaction
 from app.domain.benchmarks import BenchmarkKind, Scorer
+from app.services.keys import DEFAULT_PROJECT, ensure_project
+from app.services.watched import list_required, release_benchmark, require_benchmark
 
-benchmarks = typer.Typer(help="Benchmarks that models are watched by (HTTP).", no_args_is_help=True)
+benchmarks = typer.Typer(
+    help="Benchmarks that models are watched by (HTTP; require and release: operator).",
+    no_args_is_help=True,
+)
+Project = Annotated[str, typer.Option(help="The project whose jobs it binds.")]
 
 
 @benchmarks.command()
@@ -54,3 +62,49 @@ def list_(
         [column.upper().replace("_", " ") for column in columns],
         [[row.get(column) for column in columns] for row in rows],
     )
+
+
+@benchmarks.command()
+def require(
+    name: Annotated[str, typer.Argument(help="NAME (its newest version now) or NAME@3.")],
+    project: Project = DEFAULT_PROJECT,
+    weight: Annotated[float, typer.Option(help="In the general mean, at least.")] = 1.0,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative drop, of nll nats per token, that no job can loosen. [default: 0.03, nll 0.05]"
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make every later job of a project watch a benchmark: no job can switch it off."""
+    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+        required = require_benchmark(
+            session, ensure_project(session, project), name, weight=weight, limit=max_drop
+        )
+        reference, limit = required.benchmark.reference, required.limit
+    tell(f"Every job of '{project}' is watched by {reference} from now on; limit {limit:g}.")
+    show(reference)
+
+
+@benchmarks.command()
+def release(
+    name: Annotated[str, typer.Argument(help="What the project no longer requires.")],
+    project: Project = DEFAULT_PROJECT,
+    data_dir: DataDir = None,
+) -> None:
+    """Take a benchmark out of what a project requires."""
+    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+        release_benchmark(session, ensure_project(session, project), name)
+    tell("Released.")
+
+
+@benchmarks.command()
+def required(project: Project = DEFAULT_PROJECT, data_dir: DataDir = None) -> None:
+    """List what a project requires."""
+    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+        rows = [
+            (each.benchmark.reference, each.weight, each.limit)
+            for each in list_required(session, ensure_project(session, project))
+        ]
+    show_table(("NAME", "WEIGHT", "LIMIT"), rows)

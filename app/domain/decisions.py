@@ -55,6 +55,19 @@ class BenchmarkReading(Frozen):
     mcnemar_p: float | None = None  # exact, two-sided; reported, never a gate
 
 
+class GainReading(Frozen):
+    """One benchmark that must rise: its gain in score points, of `nll` in nats per token."""
+
+    name: str
+    n_items: int
+    baseline: float | None = None
+    value: float | None = None
+    gain: float | None = None
+    lower: float | None = None  # one-sided 95 %
+    min_gain: float
+    has_risen: bool  # the lower bound is above `min_gain`
+
+
 class Reading(Frozen):
     """One look of the sensor: the mean, its interval and every benchmark."""
 
@@ -70,6 +83,7 @@ class Reading(Frozen):
     severe: bool  # some lower bound is above twice its limit
     not_finite: bool = False
     benchmarks: tuple[BenchmarkReading, ...] = ()
+    gains: tuple[GainReading, ...] = ()  # of the report set alone
 
 
 class LeverState(Frozen):

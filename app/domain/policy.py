@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.domain.frozen import Frozen
 from app.domain.strategies import StrategyConfig
@@ -14,6 +14,16 @@ class WatchedBenchmark(Frozen):
     name: str = Field(min_length=1, max_length=128)
     weight: float = Field(default=1.0, gt=0, le=1e6)
     max_drop: float | None = Field(default=None, gt=0, lt=1)  # own relative limit, Holm-corrected
+    expect: Literal["hold", "rise"] = "hold"  # `rise`: the report set must show a gain as well
+    min_gain: float | None = Field(
+        default=None, ge=0, le=100
+    )  # of the mean score, of `nll` in nats per token; None: 0
+
+    @model_validator(mode="after")
+    def _only_what_rises_gains(self) -> "WatchedBenchmark":
+        if self.min_gain is not None and self.expect != "rise":
+            raise ValueError("min_gain: only a benchmark with `expect: rise` has one")
+        return self
 
 
 class EarlyStopping(Frozen):
@@ -67,6 +77,7 @@ class Policy(Frozen):
     ladder: Ladder = Ladder()
     early_stopping: EarlyStopping = EarlyStopping()
     on_inconclusive: Literal["publish", "refuse"] = "publish"
+    on_no_gain: Literal["publish", "refuse"] = "publish"  # a benchmark that must rise has not
     dry_run: bool = False  # decisions are recorded as proposals and change nothing
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from app.domain.decisions import CheckpointFact, Reading, Verdict
+from app.domain.decisions import CheckpointFact, GainReading, Reading, Verdict
 from app.domain.frozen import Frozen
 from app.domain.policy import Policy
 
@@ -16,7 +16,7 @@ class Publication(Frozen):
     publish: bool
     retention: RetentionWord | None  # None: nothing is published
     reason: str
-    failure: Literal["retention_not_met"] | None = None
+    failure: Literal["retention_not_met", "no_gain"] | None = None
 
 
 def choose_checkpoint(
@@ -52,7 +52,7 @@ def needs_shrinking(report: Reading | None) -> bool:
 def judge_publication(
     policy: Policy | None, report: Reading | None, *, alpha: float, is_off: bool = False
 ) -> Publication:
-    """What the one test on the report set allows.
+    """What the one test on the report set allows: first of what must hold, then of what must rise.
 
     Args:
         policy: None where nothing was watched.
@@ -60,6 +60,33 @@ def judge_publication(
         alpha: Its place on the line from base (0) to tuned (1).
         is_off: The job turned retention off.
     """
+    held = _judge_hold(policy, report, alpha=alpha, is_off=is_off)
+    flat = [] if report is None else [gain for gain in report.gains if not gain.has_risen]
+    if policy is None or not held.publish or not flat:
+        return held
+    told = " ".join(_tell_gain(gain) for gain in flat)
+    if policy.on_no_gain == "refuse":
+        return Publication(
+            publish=False,
+            retention=None,
+            reason=f"{told} The policy refuses that.",
+            failure="no_gain",
+        )
+    return held.model_copy(update={"reason": f"{held.reason} {told}"})
+
+
+def _tell_gain(gain: GainReading) -> str:
+    if gain.gain is None or gain.lower is None:
+        return f"{gain.name} was to rise and could not be measured."
+    return (
+        f"{gain.name} was to rise and has not shown it: gain {gain.gain:.4f}, lower bound"
+        f" {gain.lower:.4f}, asked for more than {gain.min_gain:g}."
+    )
+
+
+def _judge_hold(
+    policy: Policy | None, report: Reading | None, *, alpha: float, is_off: bool
+) -> Publication:
     if is_off:
         return Publication(publish=True, retention="off", reason="The job turned retention off.")
     if alpha <= 0:

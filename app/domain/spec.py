@@ -150,6 +150,11 @@ class JobSpec(Frozen):
     stages: tuple[ResolvedStage, ...] = ()  # empty: one stage, the training file
     student: ResolvedStudent | None = None
 
+    @property
+    def is_unwatched_by_wish(self) -> bool:
+        """Whether the job turned retention off, and its project requires nothing to be watched all the same."""
+        return self.request.retention is None and self.policy is None
+
 
 class ExportSpec(Frozen):
     """What an export job does: writes one point of a job's line from base to tuned as a model version."""

@@ -1,6 +1,6 @@
-"""Benchmarks: versions made from uploaded items, listed, and resolved for a job."""
+"""Benchmarks: versions made from uploaded items, whole or in part, and listed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,34 +9,31 @@ from uuid import UUID, uuid4
 
 from sqlalchemy.orm import Session
 
-from app.db.models import BaseModel, Benchmark, BenchmarkVersion, File
-from app.db.repositories.benchmarks import BenchmarkRepository, NamedVersion
+from app.db.models import Benchmark, BenchmarkVersion, File
+from app.db.repositories.benchmarks import BenchmarkRepository
 from app.db.repositories.files import FileRepository
 from app.db.session import SessionFactory, transaction
-from app.domain.benchmarks import ITEM_TYPES, SCORER_MODULES, BenchmarkKind, Scorer
+from app.domain.benchmarks import ITEM_TYPES, SCORER_MODULES, Scorer
 from app.domain.identifiers import parse_id
 from app.domain.jsonlines import read_lines
-from app.domain.policy import WatchedBenchmark
 from app.domain.requests import CreateBenchmark
 from app.domain.rows import check_items, iter_items
 from app.domain.subsets import draw
-from app.errors import BadRequest, NotFound
+from app.errors import BadRequest
 from app.services.files import EVALS, PROCESSED
 from app.services.storage import Storage, Stored
+from app.services.watched import Watched, resolve_watched
 
-
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """A benchmark version that a job watches."""
-
-    benchmark: NamedVersion
-    weight: float
-    max_drop: float | None
-
-    @property
-    def is_general(self) -> bool:
-        """Whether it must not drop."""
-        return self.benchmark.version.kind is BenchmarkKind.GENERAL
+__all__ = [
+    "DrawnItems",
+    "Watched",
+    "create_benchmark",
+    "get_benchmark",
+    "list_benchmarks",
+    "list_versions",
+    "resolve_watched",
+    "store_drawn",
+]
 
 
 @dataclass(slots=True)
@@ -224,45 +221,3 @@ def list_versions(
     """
     benchmark, _ = get_benchmark(session, project_id, reference)
     return benchmark, BenchmarkRepository(session).list_versions(benchmark)
-
-
-def resolve_watched(
-    session: Session,
-    project_id: UUID,
-    base: BaseModel | None,
-    wanted: Sequence[WatchedBenchmark] | None,
-) -> tuple[Watched, ...]:
-    """What a job on this base watches: the benchmarks it names, else the base's suite; mandatory ones always.
-
-    Without a base, which only a run that is trained elsewhere lacks, there is no suite.
-
-    Raises:
-        NotFound: No benchmark has a name that was given.
-        BadRequest: A benchmark is named twice.
-    """
-    suite = [] if base is None else BenchmarkRepository(session).list_suite(base.id)
-    if wanted is None:
-        return tuple(Watched(entry.benchmark, entry.weight, None) for entry in suite)
-    watched = [_resolve(session, project_id, place, wish) for place, wish in enumerate(wanted)]
-    seen: set[UUID] = set()
-    for place, found in enumerate(watched):
-        if found.benchmark.version.id in seen:
-            path = f"retention.policy.benchmarks.{place}.name"
-            raise BadRequest(f"{path}: '{wanted[place].name}' is named twice.", path)
-        seen.add(found.benchmark.version.id)
-    watched += [
-        Watched(entry.benchmark, entry.weight, None)
-        for entry in suite
-        if entry.is_mandatory and entry.benchmark.version.id not in seen
-    ]
-    return tuple(watched)
-
-
-def _resolve(session: Session, project_id: UUID, place: int, wish: WatchedBenchmark) -> Watched:
-    named = BenchmarkRepository(session).find_reference(project_id, wish.name)
-    if named is None:
-        path = f"retention.policy.benchmarks.{place}.name"
-        raise NotFound(
-            f"{path}: no benchmark is called '{wish.name}'.", path, "benchmark_not_found"
-        )
-    return Watched(named, wish.weight, wish.max_drop)

@@ -193,16 +193,20 @@ def fill_scores(row: Evaluation, values: Scores, tokens: Scores | None) -> None:
 
 
 def sense_scores(
-    session: Session, watch: Watch, scores: Sequence[BenchmarkScores]
+    session: Session,
+    watch: Watch,
+    scores: Sequence[BenchmarkScores],
+    *,
+    plans: Sequence[BenchmarkPlan] | None = None,
 ) -> list[SensedBenchmark]:
-    """The watched general benchmarks as the sensor takes them: scores paired with the baseline by item.
+    """Benchmarks as the sensor takes them, the watched general ones unless named: scores paired with the baseline by item.
 
     An item with NaN was not to be scored and drops out; when that leaves nothing although the benchmark was
     sent, the model gave no number at all.
     """
     sent = {row_id(found.benchmark_version_id): found for found in scores}
     sensed = []
-    for plan in watch.general():
+    for plan in watch.general() if plans is None else plans:
         version_id = row_id(plan.benchmark_version_id)
         found = sent.get(version_id)
         if found is None:

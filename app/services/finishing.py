@@ -51,7 +51,7 @@ def finish_job(
         end_failed(
             session,
             job,
-            code="retention_not_met",
+            code=verdict.publication.failure or "retention_not_met",
             message=f"Nothing is published. {_why_failed(message, verdict)}",
             param=None,
         )
@@ -98,7 +98,7 @@ def finish_export(
         source_spec.policy,
         reading,
         alpha=spec.alpha,
-        is_off=source_spec.request.retention is None,
+        is_off=source_spec.is_unwatched_by_wish,
     )
     version = session.get_one(ModelVersion, UUID(spec.model_version_id))
     version.kind = message.artifact_kind
@@ -109,7 +109,8 @@ def finish_export(
     if publication.retention is None:
         version.status = "failed"
         session.flush()
-        end_failed(session, job, code="retention_not_met", message=publication.reason, param=None)
+        code = publication.failure or "retention_not_met"
+        end_failed(session, job, code=code, message=publication.reason, param=None)
         return job.state
     version.status = "ready"
     version.retention = publication.retention

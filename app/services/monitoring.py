@@ -19,6 +19,7 @@ from app.domain.decisions import (
     Reading,
     Verdict,
 )
+from app.domain.gains import read_gains
 from app.domain.messages import DecisionReply, Evaluated, Finished, RollBack
 from app.domain.policy import Policy
 from app.domain.power import Power, power
@@ -194,7 +195,7 @@ def final_verdict(session: Session, job: Job, finished: Finished) -> FinalVerdic
             watch.policy if watch.is_watched else None,
             published,
             alpha=finished.alpha,
-            is_off=JobSpec.model_validate(job.spec).request.retention is None,
+            is_off=JobSpec.model_validate(job.spec).is_unwatched_by_wish,
         ),
         published=published,
         tuned=tuned,
@@ -255,7 +256,9 @@ def _read_report(
 ) -> Reading | None:
     if not watch.is_watched or not scores:
         return None
-    return read_report(watch.policy, sense_scores(session, watch, scores))
+    reading = read_report(watch.policy, sense_scores(session, watch, scores))
+    sensed = sense_scores(session, watch, scores, plans=watch.benchmarks)
+    return reading.model_copy(update={"gains": read_gains(watch.policy, sensed)})
 
 
 def checkpoint_status(reading: Reading, *, losses_finite: bool) -> CheckpointStatus:

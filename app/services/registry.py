@@ -172,6 +172,6 @@ def _tuned_checkpoint(session: Session, job: Job) -> UUID:
 
 def _retention_before_report(spec: JobSpec) -> str:
     """What is known of a point that no report has tested yet."""
-    if spec.request.retention is None:
+    if spec.is_unwatched_by_wish:
         return "off"
     return "unwatched" if spec.policy is None else "unproven"

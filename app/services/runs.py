@@ -26,13 +26,13 @@ from app.domain.runplan import (
 from app.domain.spec import ExportSpec, JobSpec
 from app.domain.states import JobKind
 from app.errors import TrainingFailed
-from app.services.benchmarks import Watched, resolve_watched
 from app.services.checkpoints import choose_resume
 from app.services.decisions import RUN
 from app.services.engine import hold
 from app.services.evaluations import find_baseline
 from app.services.named_models import list_stored_models
 from app.services.progress import list_new_orders
+from app.services.watched import Watched, resolve_pinned
 from app.settings import Settings
 
 #: Below so many parameters one thread is fastest: two that share a cache were up to 9 times slower.
@@ -294,8 +294,7 @@ def _benchmarks(
     """What the job watches, with the baselines that are known; its spec names exact versions."""
     if spec.policy is None:
         return ()
-    row = session.get_one(BaseModel, job.base_model_id)
-    watched = resolve_watched(session, job.project_id, row, spec.policy.benchmarks)
+    watched = resolve_pinned(session, job.project_id, spec.policy.benchmarks or ())
     return tuple(_benchmark(session, found, base, scratch, inputs) for found in watched)
 
 

@@ -2,7 +2,7 @@
 
 import secrets
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from sqlalchemy import func
@@ -17,29 +17,27 @@ from app.domain.benchmarks import DEFAULT_GATE_ITEMS
 from app.domain.configs.base import CAUSAL_LM
 from app.domain.conflicts import Surroundings, check_conflicts
 from app.domain.identifiers import parse_id
-from app.domain.policy import Policy, WatchedBenchmark
+from app.domain.policy import Policy
 from app.domain.power import PlannedBenchmark, Power, power
 from app.domain.runplan import BasePlan
 from app.domain.spec import CreateJob, JobSpec
 from app.domain.staging import resolve_stages, stage_files
 from app.domain.states import JobKind, JobState
 from app.domain.submit import (
-    MEASURED_PARAMETERS,
     ResolvedStrategies,
     resolve_policy,
     resolve_strategies,
     resolve_training,
 )
 from app.errors import BadRequest, NotFound, QuotaExceeded
-from app.services.benchmarks import Watched, resolve_watched
 from app.services.evaluations import baseline_key, unpack_bytes
 from app.services.events import add_job_event, add_transition
 from app.services.files import FINE_TUNE, PROCESSED
 from app.services.named_models import check_named_models, model_kind
+from app.services.submit_warnings import warn_of_floors, warn_of_spec
+from app.services.watched import Watched, required_policy, resolve_watched, tighten
 
 GUESSED_ROW_BYTES: Final = 512  # of a file that is still being checked; settled when it is
-
-Warnings = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +83,10 @@ def submit_job(
     base = _find_base(session, body.model)
     files = _find_files(session, project_id, base, body)
     spec, watched, chosen = _resolve(session, project, base, files, body)
-    warnings = _warn(spec, watched, chosen)
+    warnings = warn_of_spec(spec, watched, chosen)
     found = _estimate_power(session, base, spec.policy, watched)
     if found is not None:
-        warnings += _warn_of_floors(found)
+        warnings += warn_of_floors(found)
     job = Job(
         project_id=project_id,
         kind=JobKind.FINE_TUNING,
@@ -251,20 +249,7 @@ def _resolve(
             stage_names=tuple(stage.name for stage in staged.stages),
         ),
     )
-    policy: Policy | None = None
-    watched: tuple[Watched, ...] = ()
-    if body.retention is not None:
-        policy = resolve_policy(body.retention, chosen.strategies, project.default_policy)
-        watched = resolve_watched(session, project.id, base, policy.benchmarks)
-        pinned = tuple(
-            WatchedBenchmark(
-                name=found.benchmark.reference, weight=found.weight, max_drop=found.max_drop
-            )
-            for found in watched
-        )
-        policy = policy.model_copy(update={"benchmarks": pinned})
-        if not any(found.is_general for found in watched):
-            policy = None
+    policy, watched = _resolve_policy(session, project, base, body, chosen)
     spec = JobSpec(
         request=body,
         training=staged.training,
@@ -277,38 +262,30 @@ def _resolve(
     return spec, watched, chosen
 
 
+def _resolve_policy(
+    session: Session,
+    project: Project,
+    base: BaseModel,
+    body: CreateJob,
+    chosen: ResolvedStrategies,
+) -> tuple[Policy | None, tuple[Watched, ...]]:
+    """The policy with the versions it watches; None where nothing can drop and nothing has to rise."""
+    is_off = body.retention is None
+    policy = (
+        required_policy(project)
+        if body.retention is None
+        else resolve_policy(body.retention, chosen.strategies, project.default_policy)
+    )
+    watched = resolve_watched(session, project.id, base, policy.benchmarks, is_off=is_off)
+    if not any(found.is_general or found.expect == "rise" for found in watched):
+        return None, watched
+    return tighten(policy, watched), watched
+
+
 def _num_rows(file: File) -> int:
     if file.report is not None:
         return int(file.report["num_rows"])
     return max(file.size_bytes // GUESSED_ROW_BYTES, 1)
-
-
-def _warn(spec: JobSpec, watched: tuple[Watched, ...], chosen: ResolvedStrategies) -> Warnings:
-    warnings: Warnings = []
-    if spec.request.retention is not None and spec.policy is None:
-        why = "only domain benchmarks are" if watched else "no benchmark is"
-        warnings.append(
-            _warning(
-                "retention_unwatched",
-                f"General ability is not watched: {why} in the base model's suite or in"
-                " retention.policy.benchmarks. The strategies run, and nothing checks that they hold.",
-                "retention.policy.benchmarks",
-            )
-        )
-    if chosen.is_extrapolated:
-        warnings.append(
-            _warning(
-                "extrapolated",
-                "The strengths that `auto` takes were never measured on a model above"
-                f" {MEASURED_PARAMETERS:,} parameters: read the verdict before you trust them.",
-                "retention.strategies",
-            )
-        )
-    return warnings
-
-
-def _warning(code: str, message: str, param: str) -> dict[str, Any]:
-    return {"code": code, "message": message, "param": param}
 
 
 def _estimate_power(
@@ -344,18 +321,6 @@ def _estimate_power(
             )
         )
     return power(policy, planned)
-
-
-def _warn_of_floors(found: Power) -> Warnings:
-    return [
-        _warning(
-            "at_floor",
-            f"The base model is not above chance on {name}, so that benchmark is not watched.",
-            "retention.policy.benchmarks",
-        )
-        for name, estimate in found.benchmarks.items()
-        if estimate.at_floor
-    ]
 
 
 def _tell_of_submit(session: Session, job: Job, spec: JobSpec) -> None:

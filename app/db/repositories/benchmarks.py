@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session, undefer
 
-from app.db.models import Benchmark, BenchmarkVersion, SuiteEntry
+from app.db.models import Benchmark, BenchmarkVersion, RequiredBenchmark, SuiteEntry
 from app.domain.benchmarks import Subjects
 from app.errors import NotFound
 
@@ -33,6 +33,15 @@ class SuiteBenchmark:
     benchmark: NamedVersion
     weight: float
     is_mandatory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequiredVersion:
+    """A benchmark version that every job of a project is watched by."""
+
+    benchmark: NamedVersion
+    weight: float
+    limit: float
 
 
 class BenchmarkRepository:
@@ -139,6 +148,40 @@ class BenchmarkRepository:
             SuiteBenchmark(NamedVersion(name, version), weight, is_mandatory)
             for name, version, weight, is_mandatory in rows
         ]
+
+    def list_required(self, project_id: UUID) -> list[RequiredVersion]:
+        """What a project requires, in the order in which the versions were made."""
+        rows = self._session.execute(
+            select(
+                Benchmark.name, BenchmarkVersion, RequiredBenchmark.weight, RequiredBenchmark.limit
+            )
+            .join(BenchmarkVersion, BenchmarkVersion.id == RequiredBenchmark.benchmark_version_id)
+            .join(Benchmark, Benchmark.id == BenchmarkVersion.benchmark_id)
+            .where(RequiredBenchmark.project_id == project_id)
+            .order_by(BenchmarkVersion.seq)
+        )
+        return [
+            RequiredVersion(NamedVersion(name, version), weight, limit)
+            for name, version, weight, limit in rows
+        ]
+
+    def drop_required(self, project_id: UUID, benchmark_id: UUID) -> int:
+        """Takes every version of a benchmark out of what a project requires, and says how many there were."""
+        versions = select(BenchmarkVersion.id).where(BenchmarkVersion.benchmark_id == benchmark_id)
+        found = self._session.scalars(
+            delete(RequiredBenchmark)
+            .where(
+                RequiredBenchmark.project_id == project_id,
+                RequiredBenchmark.benchmark_version_id.in_(versions),
+            )
+            .returning(RequiredBenchmark.benchmark_version_id)
+        )
+        return len(found.all())
+
+    def add_required(self, required: RequiredBenchmark) -> None:
+        """Makes a project require a benchmark version."""
+        self._session.add(required)
+        self._session.flush()
 
     def list_subjects(self, version_ids: Iterable[UUID]) -> dict[UUID, Subjects]:
         """The subjects of those versions whose items have some."""

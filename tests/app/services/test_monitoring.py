@@ -474,3 +474,23 @@ def test_a_run_under_the_loop_ends_held_with_every_decision_replayable(session) 
     assert [row.look for row in rows] == list(range(1, len(rows) + 1))
     for row in rows:
         assert replay_decision(row).model_dump(mode="json") == row.decision
+
+
+@pytest.mark.parametrize(("on_no_gain", "failure"), [("publish", None), ("refuse", "no_gain")])
+def test_a_domain_benchmark_that_must_rise_is_read_on_the_report_set(
+    session, on_no_gain, failure
+) -> None:
+    job, versions = start_job(session)
+    plan = job.run_plan["benchmarks"][0]
+    spec = dict(job.spec)
+    wish = {"name": plan["name"], "expect": "rise"}
+    spec["policy"] = spec["policy"] | {"benchmarks": [wish], "on_no_gain": on_no_gain}
+    job.spec = spec
+    session.flush()
+    checkpoint = save_checkpoint(session, job, 60)
+    verdict = final_verdict(session, job, finished(checkpoint, versions, lost=0))
+    assert verdict.publication.failure == failure
+    assert "was to rise and has not shown it" in verdict.publication.reason
+    assert verdict.published is not None
+    (gain,) = verdict.published.gains
+    assert (gain.name, gain.gain, gain.has_risen) == (plan["name"], 0.0, False)
