@@ -10,7 +10,18 @@ from fastapi import FastAPI
 from app.api.dependencies import Resources
 from app.api.errors import ErrorBody, install_error_handlers
 from app.api.limits import BodyLimits, RequestFrame
-from app.api.routes import benchmarks, files, health, jobs, models, results, runs, webhooks
+from app.api.routes import (
+    benchmarks,
+    decisions,
+    files,
+    health,
+    jobs,
+    models,
+    registered_models,
+    results,
+    runs,
+    webhooks,
+)
 from app.db.session import SessionFactory, build_engine, build_session_factory
 from app.services.ciphers import load_cipher
 from app.services.logs import configure_logging
@@ -24,7 +35,7 @@ RESULTS_PATHS = ("/v1/benchmark_results", "/v1/runs/*/baseline", "/v1/runs/*/eva
 MAX_RESULTS_BYTES = 16 * 2**20  # hundreds of thousands of items' scores
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 422, 429, 503)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 412, 413, 422, 429, 503)
 }
 
 
@@ -49,7 +60,18 @@ def create_app(
         cipher=load_cipher(settings) if cipher is None else cipher,
     )
     install_error_handlers(app)
-    for noun in (files, jobs, models, benchmarks, results, runs, webhooks, health):
+    for noun in (
+        files,
+        jobs,
+        models,
+        registered_models,
+        benchmarks,
+        results,
+        runs,
+        decisions,
+        webhooks,
+        health,
+    ):
         app.include_router(noun.router)
     app.include_router(build_router())
     app.include_router(build_router())

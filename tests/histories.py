@@ -29,10 +29,15 @@ CARRY = Carry(cursors={"domain": 120}, rng={"torch": "AAAA"})
 
 
 def make_running_job(
-    session, *, policy=POLICY, retention=RETENTION, scorers=(Scorer.MULTIPLE_CHOICE,)
+    session,
+    *,
+    policy=POLICY,
+    retention=RETENTION,
+    scorers=(Scorer.MULTIPLE_CHOICE,),
+    project=None,
 ) -> tuple[Any, list[BenchmarkVersion]]:
     """A claimed job (attempt 1, branch 0) that watches one benchmark of 2,000 items a scorer; EWC at strength 1."""
-    project = make_project(session)
+    project = project or make_project(session)
     versions = [
         make_benchmark(
             session,

@@ -164,6 +164,9 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[str, ...]:  # noqa: ANN4
     location = list(error["loc"])
     if location and location[0] != "body":
         return tuple(str(part) for part in location[1:])
+    if location == ["body"] and str(error["type"]).startswith("union_tag"):
+        # A body that is a union itself: the field that tells its branches apart is what is wrong.
+        return (str(error.get("ctx", {}).get("discriminator", "")).strip("'"),)
     at, path = body, []
     is_absent = error["type"] in {"missing", "union_tag_not_found"}
     for place, part in enumerate(location[1:], start=1):

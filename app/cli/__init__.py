@@ -5,6 +5,7 @@ import sys
 import typer
 
 from app.cli.benchmarks import benchmarks
+from app.cli.decisions import decisions
 from app.cli.jobs import jobs
 from app.cli.keys import keys
 from app.cli.models import models
@@ -32,6 +33,7 @@ retain.add_typer(keys, name="keys")
 retain.add_typer(models, name="models")
 retain.add_typer(jobs, name="jobs")
 retain.add_typer(benchmarks, name="benchmarks")
+retain.add_typer(decisions, name="decisions")
 
 
 def main() -> None:

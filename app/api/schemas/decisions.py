@@ -3,9 +3,10 @@
 from typing import Any, Literal
 
 from app.api.schemas.base import Identified, Schema, unix
-from app.db.models import DecisionRow
+from app.db.models import DecisionRow, Job
 from app.domain.decisions import Decision, Reading, Verdict
 from app.domain.identifiers import public_id
+from app.domain.states import JobKind
 
 
 class Trigger(Schema):
@@ -67,6 +68,20 @@ class DecisionObject(DecisionBody):
 
     fine_tuning_job_id: str
     target_checkpoint_id: str | None
+
+
+class FoundDecision(DecisionBody):
+    """A decision on a job or on an external run, found by its id."""
+
+    subject_id: str
+
+
+def show_found(row: DecisionRow, job: Job, *, with_evidence: bool) -> FoundDecision:
+    """A decision with the id of what it was made on."""
+    kind = "run" if job.kind is JobKind.EXTERNAL else "job"
+    return FoundDecision(
+        **shared_fields(row, with_evidence=with_evidence), subject_id=public_id(kind, job.id)
+    )
 
 
 def show_decision(row: DecisionRow, *, with_evidence: bool) -> DecisionObject:
