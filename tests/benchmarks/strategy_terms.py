@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from workers.strategies.base import TALLY_INTERVAL, Pull, Tally
 from workers.strategies.penalties import add_pull_gradients, apply_pulls
+from workers.strategies.pulls import TALLY_INTERVAL, Pull, Tally
 
 Shape = tuple[int, ...]
 REPEATS = TALLY_INTERVAL  # steps timed together: one of them is measured by the tally

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from workers.strategies.base import Micro, Stream
+from workers.strategies.batch import Micro, Stream
 
 DOMAIN = "domain"
 MEGABATCH_BATCHES = (

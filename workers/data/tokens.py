@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from app.domain.jsonlines import read_lines
+from app.domain.overlap import drop_overlapping, item_texts, row_texts
 from app.domain.rows import TRAINING_FILE, Row, iter_items, iter_rows
 from app.domain.runplan import BenchmarkPlan, RowsPlan
 from app.errors import BadRequest, TrainingFailed
 from workers.data.masks import Encoder, Ids, Weights, tokenizer_sha256
-from workers.data.overlap import drop_overlapping, item_texts, row_texts
 from workers.data.rendering import Renderer
 
 CACHE_VERSION: Final = 2  # part of the key: raise it when rendering or masks change

@@ -9,16 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.strategies.base import (
-    Context,
-    LoraPair,
-    Needs,
-    Pull,
-    StateDict,
-    Strategy,
-    Tally,
-    check_tensors,
-)
+from workers.strategies.base import Needs, StateDict, Strategy, check_tensors
+from workers.strategies.context import Context, LoraPair
 from workers.strategies.importance import (
     GENERAL,
     Normalize,
@@ -33,6 +25,7 @@ from workers.strategies.penalties import (
     lora_penalty,
     wide_type,
 )
+from workers.strategies.pulls import Pull, Tally
 
 AnchorPlace = Literal["base", "latest"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workers.strategies.base import Context, Micro, Stream
+from workers.strategies.batch import Micro, Stream
+from workers.strategies.context import Context
 from workers.strategies.subspaces import reading
 
 Difficulty = Literal["none", "nll", "length"]

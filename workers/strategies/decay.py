@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.strategies.base import Context
+from workers.strategies.context import Context
 from workers.strategies.depth import embedding_names, find_layers, layer_depths
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.strategies.base import Context, LoraPair
+from workers.strategies.context import Context, LoraPair
 
 TRAJECTORY_FILE: Final = "trajectory.safetensors"
 ADAPTER_CONFIG: Final = "adapter_config.json"

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.strategies.base import Context, Micro
+from workers.strategies.batch import Micro
+from workers.strategies.context import Context
 from workers.strategies.topk import TopK, keep_top
 
 SMALL_VOCABULARY = 2**16  # ids of such a vocabulary take two bytes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workers.strategies.base import Micro
+from workers.strategies.batch import Micro
 from workers.strategies.invariance import (
     SMALL,
     dummy_gradients,

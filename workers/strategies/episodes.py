@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from workers.strategies.base import Context, Micro
+from workers.strategies.batch import Micro
+from workers.strategies.context import Context
 
 DOMAIN = "domain"  # source of the task's own rows
 

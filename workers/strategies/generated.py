@@ -1,12 +1,15 @@
 """Rows that a model decoded itself: made when they are due, kept in checkpoints, and put back after one."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from workers.strategies.base import Context, Decoding, TokenRow
+from workers.strategies.context import Context, Decoding
+
+if TYPE_CHECKING:
+    from workers.strategies.batch import TokenRow
 
 PREFIX = "generated/"
 TENSORS = (

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from workers.strategies.base import Context, Micro
+from workers.strategies.batch import Micro
+from workers.strategies.context import Context
 from workers.strategies.penalties import wide_type
 
 GROUP_ELEMENTS = 1 << 27  # frozen weights whose gradients a pass of an adapter's run holds at once

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workers.strategies.base import Micro
+from workers.strategies.batch import Micro
 
 SMALL = 1e-12
 _MASK = 2**64 - 1

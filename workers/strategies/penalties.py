@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from workers.strategies.base import Pull, Tally
+from workers.strategies.pulls import Pull, Tally
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workers.strategies.base import Context, LoraPair
+from workers.strategies.context import Context, LoraPair
 from workers.strategies.directions import (
     Direction,
     base_name,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workers.strategies.base import Context
+from workers.strategies.context import Context
 
 NUM_POSITIONS = 1024  # compared at most
 TINY = 1e-12

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.strategies.base import Context, Micro
+from workers.strategies.batch import Micro
+from workers.strategies.context import Context
 
 
 def extend_basis(basis_IK: Tensor, gram_II: Tensor, threshold: float) -> Tensor:

@@ -18,7 +18,7 @@ from app.errors import TrainingFailed
 from workers.export.bottleneck import BottleneckModel, find_blocks
 from workers.export.combine import Factors, Merged, Method, combine, relative_error
 from workers.export.merge import adapted_layers, keeping_flags
-from workers.strategies.base import Adapters
+from workers.strategies.context import Adapters
 from workers.training.models import ADAPTER, add_adapters
 
 MERGED: Final = "merged"

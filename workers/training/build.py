@@ -10,7 +10,8 @@ from app.domain.decisions import ControllerState
 from app.domain.runplan import RunPlan
 from app.domain.strategies import strength_in_force
 from workers.data.batches import Rows, RowSampler
-from workers.strategies.base import Context, Strategy
+from workers.strategies.base import Strategy
+from workers.strategies.context import Context
 from workers.training.adapters import adapt, adapter_names, find_config, show_adapters
 from workers.training.forward import SelectedLogits, Teacher
 from workers.training.loop import Run

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from app.domain.configs.memory import MemoryConfig
+from app.domain.overlap import drop_overlapping
 from app.domain.runplan import RowsPlan, RunPlan
 from app.errors import TrainingFailed
-from workers.data.overlap import drop_overlapping
 from workers.data.tokens import TokenStore, benchmark_texts, overlapping_lines
 from workers.evaluation.representations import BaseEncoder, DualEncoder, base_encoder_sha256
 from workers.training.forward import evaluating

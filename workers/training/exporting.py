@@ -13,7 +13,7 @@ from app.domain.policy import Policy
 from app.domain.runplan import ExportPlan, RunPlan
 from app.errors import TrainingFailed
 from workers.export.artifact import save_artifact
-from workers.strategies.base import Context
+from workers.strategies.context import Context
 from workers.training.adapters import adapt, adapter_names, find_config, show_adapters
 from workers.training.blend import line_from_base
 from workers.training.checkpoints import load_weights

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from app.errors import TrainingFailed
 from workers.export.merge import keeping_flags
-from workers.strategies.base import Forward, Micro, Needs
+from workers.strategies.base import Needs
+from workers.strategies.batch import Forward, Micro
 
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = 1e-3

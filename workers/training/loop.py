@@ -18,7 +18,9 @@ from app.domain.messages import StepMetrics
 from app.domain.spec import ResolvedTraining
 from app.errors import TrainingFailed
 from workers.data.batches import DOMAIN, Rows, RowSampler, build_micro, split_micros
-from workers.strategies.base import Context, Forward, LoraPair, Micro, Strategy, Stream
+from workers.strategies.base import Strategy
+from workers.strategies.batch import Forward, Micro, Stream
+from workers.strategies.context import Context, LoraPair
 from workers.strategies.penalties import apply_pulls
 from workers.training.forward import SelectedLogits, Teacher, student_forward, wide
 from workers.training.ranks import Ranks

@@ -10,7 +10,7 @@ from torch import nn
 from app.domain.runplan import BasePlan
 from app.domain.spec import LoraConfig, ResolvedTraining
 from app.errors import TrainingFailed
-from workers.strategies.base import LoraPair
+from workers.strategies.context import LoraPair
 
 ADAPTER = "default"
 

@@ -18,7 +18,8 @@ from workers.data.batches import DOMAIN, DrawnRow, build_micro, split_micros
 from workers.data.tokens import TokenStore
 from workers.evaluation.forward import token_batches
 from workers.evaluation.routing import pool, prompt_mask
-from workers.strategies.base import Decoding, Forward, Micro, TokenRow
+from workers.strategies.batch import Forward, Micro, TokenRow
+from workers.strategies.context import Decoding
 from workers.training.adapters import adapter_names, find_config
 from workers.training.embedding import show_embeddings
 from workers.training.forward import evaluating

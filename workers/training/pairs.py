@@ -26,7 +26,7 @@ from workers.data.counterfactuals import (
 )
 from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
 from workers.data.tokens import TokenStore
-from workers.strategies.base import Pairs
+from workers.strategies.context import Pairs
 from workers.training.conversation import Conversation
 from workers.training.forward import evaluating, wide
 from workers.training.loop import Run

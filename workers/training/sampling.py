@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from workers.evaluation.forward import Reader, pad_rows
-from workers.strategies.base import Decoding, TokenRow
+from workers.strategies.batch import TokenRow
+from workers.strategies.context import Decoding
 from workers.training.forward import SelectedLogits, evaluating
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from app.domain.runplan import RunPlan
 from app.domain.spec import ResolvedTraining
 from workers.data.batches import DOMAIN
-from workers.strategies.base import Stream
+from workers.strategies.batch import Stream
 
 
 @dataclass(frozen=True, slots=True)

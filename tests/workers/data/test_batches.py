@@ -14,7 +14,7 @@ from workers.data.batches import (
     fed_length,
     split_micros,
 )
-from workers.strategies.base import Stream
+from workers.strategies.batch import Stream
 
 
 class ListRows:

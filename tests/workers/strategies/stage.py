@@ -8,18 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workers.strategies.base import (
-    Adapters,
-    Context,
-    Decoding,
-    Forward,
-    LoraPair,
-    Micro,
-    Pairs,
-    Strategy,
-    Stream,
-    TokenRow,
-)
+from workers.strategies.base import Strategy
+from workers.strategies.batch import Forward, Micro, Stream, TokenRow
+from workers.strategies.context import Adapters, Context, Decoding, LoraPair, Pairs
 from workers.strategies.penalties import apply_pulls
 
 VOCABULARY = 11

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.workers.strategies.stage import Stage
-from workers.strategies.base import Stream
+from workers.strategies.batch import Stream
 from workers.strategies.curriculum import competence, mix_share, num_drawn
 from workers.strategies.methods.progressive import Progressive
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.workers.strategies.stage import Stage, make_micro
-from workers.strategies.base import Stream
+from workers.strategies.batch import Stream
 from workers.strategies.distributions import (
     CachedTeacher,
     Distributions,

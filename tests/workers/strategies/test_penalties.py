@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from workers.strategies import penalties
-from workers.strategies.base import Pull, Tally
 from workers.strategies.penalties import (
     add_lora_gradient,
     add_pull_gradients,
@@ -18,6 +17,7 @@ from workers.strategies.penalties import (
     quadratic_gradient,
     quadratic_penalty,
 )
+from workers.strategies.pulls import Pull, Tally
 
 F64 = torch.float64
 

@@ -27,7 +27,7 @@ from tests.workers.training.runs import (
 )
 from tests.workers.training.supervised import SIGKILLED
 from tests.workers.training.test_loop import gradients
-from workers.strategies.base import Pairs
+from workers.strategies.context import Pairs
 from workers.training.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from workers.training.loop import train_step
 from workers.training.ranks import Ranks

@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 from app.errors import TrainingFailed
 from tests.tiny import make_llama
 from tests.workers.training.runs import make_plan, make_run
-from workers.strategies.base import Micro
+from workers.strategies.batch import Micro
 from workers.training.forward import SelectedLogits, evaluating
 from workers.training.loop import train_step
 

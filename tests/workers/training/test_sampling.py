@@ -7,7 +7,7 @@ from scipy import stats
 
 from tests.workers.training.runs import make_plan, make_run
 from workers.evaluation.forward import Reader
-from workers.strategies.base import Decoding
+from workers.strategies.context import Decoding
 from workers.training.sampling import closing_tokens, decode, sample_rows
 
 

@@ -9,17 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from workers.strategies.base import (
-    Context,
-    Cost,
-    Forward,
-    Micro,
-    Needs,
-    StateDict,
-    Strategy,
-    Stream,
-    Term,
-)
+from workers.strategies.base import Cost, Needs, StateDict, Strategy
+from workers.strategies.batch import Forward, Micro, Stream, Term
+from workers.strategies.context import Context
 from workers.strategies.environments import CORAL_ROWS, Read, StepRisks
 from workers.strategies.invariance import consistency, match_pairs, pool, uniform_of
 from workers.strategies.penalties import divergence_sum

@@ -9,18 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from workers.strategies.base import (
-    Context,
-    Cost,
-    Decoding,
-    Forward,
-    Micro,
-    Needs,
-    StateDict,
-    Strategy,
-    Stream,
-    Term,
-)
+from workers.strategies.base import Cost, Needs, StateDict, Strategy
+from workers.strategies.batch import Forward, Micro, Stream, Term
+from workers.strategies.context import Context, Decoding
 from workers.strategies.distributions import CachedTeacher
 from workers.strategies.generated import GeneratedRows
 from workers.strategies.penalties import Divergence, divergence_sum

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from workers.strategies.base import Adapters, Context, Cost, Needs, StateDict, Strategy
+from workers.strategies.base import Cost, Needs, StateDict, Strategy
+from workers.strategies.context import Adapters, Context
 
 LEAST_SHARE, MOST_SHARE = 0.003, 0.01  # of the base's parameters, without a note
 PLACED_ROWS = 512  # rows behind a centroid, and general rows behind the threshold

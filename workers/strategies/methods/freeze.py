@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from workers.strategies.base import Context, Cost, Strategy
+from workers.strategies.base import Cost, Strategy
+from workers.strategies.context import Context
 from workers.strategies.depth import find_layers, layer_depths
 
 ROUNDING = 1e-9  # 0.3 of 10 layers are 3, whatever the floats say

@@ -9,17 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from workers.strategies.base import (
-    Context,
-    Cost,
-    Needs,
-    OptimizerChoice,
-    Pull,
-    StateDict,
-    Strategy,
-    Tally,
-    check_tensors,
-)
+from workers.strategies.base import Cost, Needs, OptimizerChoice, StateDict, Strategy, check_tensors
+from workers.strategies.context import Context
 from workers.strategies.decay import (
     Block,
     Role,
@@ -32,6 +23,7 @@ from workers.strategies.decay import (
     trust_ratio,
 )
 from workers.strategies.penalties import wide_type
+from workers.strategies.pulls import Pull, Tally
 
 MOST_SHRINK = 0.5  # of lr_free over a whole run, unless forced
 LAMB_LARGEST_NORM = 10.0  # LAMB's phi: a weight's norm counts up to this

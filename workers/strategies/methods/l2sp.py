@@ -3,7 +3,8 @@
 from typing import ClassVar, Literal
 
 from workers.strategies.anchors import QuadraticAnchor
-from workers.strategies.base import Context, Cost, Needs
+from workers.strategies.base import Cost, Needs
+from workers.strategies.context import Context
 
 
 class L2Sp(QuadraticAnchor):

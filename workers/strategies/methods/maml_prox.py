@@ -7,7 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from workers.strategies.base import Backward, Context, Cost, Micro, Needs, Strategy
+from workers.strategies.base import Cost, Needs, Strategy
+from workers.strategies.batch import Backward, Micro
+from workers.strategies.context import Context
 from workers.strategies.episodes import (
     DOMAIN,
     distance,

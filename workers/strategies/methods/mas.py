@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from workers.strategies.anchors import AnchorPlace, SequenceAnchor
-from workers.strategies.base import Context, Cost, Micro
+from workers.strategies.base import Cost
+from workers.strategies.batch import Micro
+from workers.strategies.context import Context
 from workers.strategies.importance import GENERAL, Normalize, Pass, measure_importance
 
 

@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workers.strategies.base import (
-    Context,
-    Cost,
-    Micro,
-    Needs,
-    StateDict,
-    Strategy,
-    Stream,
-)
+from workers.strategies.base import Cost, Needs, StateDict, Strategy
+from workers.strategies.batch import Micro, Stream
+from workers.strategies.context import Context
 from workers.strategies.memory_files import save_memory
 from workers.strategies.reservoir import Entry, MemoryStore, Policy
 

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from workers.strategies.base import Context, Cost, Micro, Needs, StateDict, Strategy, Stream
+from workers.strategies.base import Cost, Needs, StateDict, Strategy
+from workers.strategies.batch import Micro, Stream
 from workers.strategies.cones import half_space, hold_blocks
+from workers.strategies.context import Context
 from workers.strategies.curriculum import (
     DOMAIN,
     GENERAL,

@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workers.strategies.base import (
-    Context,
-    Cost,
-    Decoding,
-    Forward,
-    Micro,
-    Needs,
-    StateDict,
-    Strategy,
-    Stream,
-    Term,
-)
+from workers.strategies.base import Cost, Needs, StateDict, Strategy
+from workers.strategies.batch import Forward, Micro, Stream, Term
+from workers.strategies.context import Context, Decoding
 from workers.strategies.distributions import (
     STORED,
     CachedTeacher,

@@ -6,7 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from workers.strategies.base import Backward, Context, Cost, Micro, Needs, Strategy
+from workers.strategies.base import Cost, Needs, Strategy
+from workers.strategies.batch import Backward, Micro
+from workers.strategies.context import Context
 from workers.strategies.episodes import (
     RowKey,
     distance,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from workers.strategies.anchors import QuadraticAnchor
-from workers.strategies.base import Context, Cost, Needs, StateDict
+from workers.strategies.base import Cost, Needs, StateDict
+from workers.strategies.context import Context
 from workers.strategies.importance import Normalize, clip_at_quantile, normalize_importance
 from workers.strategies.penalties import wide_type
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.workers.strategies.stage import Stage, make_rows, same
-from workers.strategies.base import Pairs
+from workers.strategies.context import Pairs
 from workers.strategies.invariance import (
     consistency,
     coral,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.workers.strategies.stage import Stage
-from workers.strategies.base import Forward
+from workers.strategies.batch import Forward
 from workers.strategies.methods.distillation import Distillation
 from workers.strategies.methods.replay import Replay
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.workers.strategies.stage import F64, WIDTH, Stage, same
-from workers.strategies.base import Adapters
+from workers.strategies.context import Adapters
 from workers.strategies.methods.domain_adapters import (
     DomainAdapters,
     fit_threshold,

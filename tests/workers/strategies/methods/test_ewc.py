@@ -14,7 +14,8 @@ from tests.workers.strategies.stage import (
     make_rows,
 )
 from workers.strategies import importance as passes
-from workers.strategies.base import Context, Forward
+from workers.strategies.batch import Forward
+from workers.strategies.context import Context
 from workers.strategies.importance import clip_at_quantile, normalize_importance
 from workers.strategies.methods import ewc
 from workers.strategies.methods.ewc import Ewc, measure_fisher

@@ -9,10 +9,11 @@ from torch import nn
 from app.domain.configs.hybrid import HybridOptimizerConfig, check_hybrid_optimizer
 from app.errors import BadRequest
 from tests.workers.strategies.stage import Stage, same
-from workers.strategies.base import Context, LoraPair, Pull
+from workers.strategies.context import Context, LoraPair
 from workers.strategies.decay import largest_rate, total_shrink
 from workers.strategies.methods.hybrid_optimizer import HybridOptimizer
 from workers.strategies.penalties import apply_pulls
+from workers.strategies.pulls import Pull
 
 F64 = torch.float64
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from tests.workers.strategies.stage import F64, VOCABULARY, WIDTH, Stage, make_micro
-from workers.strategies.base import Context, Forward
+from workers.strategies.batch import Forward
+from workers.strategies.context import Context
 from workers.strategies.methods.mas import Mas, measure_sensitivity
 
 
