@@ -83,8 +83,9 @@ def look_up(caches: Mapping[str, Distributions], micro: Micro) -> TopK:
     seen = micro.positions_N[own_N] % micro.input_ids_BT.shape[1]
     if not torch.equal(columns.to(device, torch.int64), seen):
         raise ValueError("a row is not the one whose distributions were cached")
+    is_narrow = ids.dtype == torch.int16  # stored without a sign bit
     ids = ids.to(torch.int64)
-    if tensors["ids_CK"].dtype == torch.int16:
+    if is_narrow:
         ids &= 0xFFFF
     log_p, log_tail = log_p.to(device).float(), log_tail.to(device).float()
     total = torch.logaddexp(log_tail, torch.logsumexp(log_p, -1))

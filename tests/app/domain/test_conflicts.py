@@ -13,7 +13,7 @@ CONFIGS: TypeAdapter[tuple[StrategyConfig, ...]] = TypeAdapter(tuple[StrategyCon
 
 
 def surroundings(**overrides: Any) -> Surroundings:
-    values = {
+    values: dict[str, Any] = {
         "lora": False,
         "late_adapter": False,
         "no_rows_kept": False,

@@ -179,7 +179,7 @@ def test_a_uniform_stream_draws_from_its_rows_alone_and_epochs_stand_still():
     plain, _ = make_sampler(rows=64)
     expected = [plain.draw((whole,)) for _ in range(12)]
     assert [paced.draw((whole,)) for _ in range(3)] == expected[:3]
-    counts = Counter()
+    counts: Counter[int] = Counter()
     for _ in range(300):
         rows = [row.row for row in paced.draw((easiest,))]
         assert len(set(rows)) == len(rows) == 8

@@ -255,7 +255,8 @@ class Stage:
             bags[index].index_add_(
                 0, torch.tensor(self.stores[store][row]), torch.ones(len(self.stores[store][row]))
             )
-        return bags / bags.norm(dim=1, keepdim=True)
+        unit: Tensor = bags / bags.norm(dim=1, keepdim=True)
+        return unit
 
     def _texts(self, store: str, rows: Sequence[int]) -> list[str]:
         return [" ".join(map(str, self.stores[store][row])) for row in rows]

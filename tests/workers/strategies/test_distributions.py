@@ -1,6 +1,7 @@
 """Cached distributions: made over ranks, looked up by row, refused where the row is another."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,9 @@ def test_two_ranks_make_together_what_one_makes_alone():
     expected = make_distributions(
         alone.ctx, "general", range(11), predictor(alone), k=4, temperature=1.0
     )
-    barrier, given, made = threading.Barrier(2, timeout=60), [None, None], [None, None]
+    barrier = threading.Barrier(2, timeout=60)
+    given: dict[int, Any] = {}
+    made: dict[int, Any] = {}
 
     def work(rank):
         stage = Stage([], {}, micro_rows=4)
@@ -97,7 +100,7 @@ def test_two_ranks_make_together_what_one_makes_alone():
             tensor.copy_(given[0] + given[1])
             barrier.wait()
 
-        stage.ctx.store_micros = lambda store, rows: list(every(store, rows))[rank::2]
+        stage.ctx.store_micros = lambda store, rows: iter(list(every(store, rows))[rank::2])
         stage.ctx.all_reduce, stage.ctx.rank, stage.ctx.world_size = all_reduce, rank, 2
         made[rank] = make_distributions(
             stage.ctx, "general", range(11), predictor(stage), k=4, temperature=1.0
@@ -108,7 +111,7 @@ def test_two_ranks_make_together_what_one_makes_alone():
         thread.start()
     for thread in threads:
         thread.join()
-    for found in made:
+    for found in made.values():
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -154,7 +157,12 @@ def test_only_what_streams_newly_hold_is_cached():
     stage = Stage([], {})
     passes = []
     every = stage.ctx.store_micros
-    stage.ctx.store_micros = lambda store, rows: passes.append(list(rows)) or every(store, rows)
+
+    def watched(store, rows):
+        passes.append(list(rows))
+        return every(store, rows)
+
+    stage.ctx.store_micros = watched
     released = []
     stage.ctx.release_base = lambda: released.append(True)
     teacher = teacher_with(stage, range(5))

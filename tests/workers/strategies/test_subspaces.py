@@ -61,6 +61,7 @@ def test_what_is_left_of_a_gradient_maps_old_inputs_to_nothing_and_is_idempotent
 def test_the_inputs_are_those_that_real_tokens_give_whatever_the_micro_batches(lora):
     """Against the layer's inputs written out by hand, without padding."""
     found = []
+    stage = Stage([], {}, lora=lora)
     for size in (16, 3, 1):
         stage = Stage([], {}, lora=lora, micro_rows=size)
         bases = InputBases(0.9)
@@ -73,7 +74,7 @@ def test_the_inputs_are_those_that_real_tokens_give_whatever_the_micro_batches(l
         rows.append(hidden / torch.arange(1, len(ids), dtype=F64)[:, None])
     x = torch.cat(rows).detach()
     expected = extend_basis(torch.zeros(6, 0, dtype=F64), x.T @ x, 0.9)
-    for bases in found:
-        assert set(bases) == ({name} if lora else {name, "head.weight"})
-        both = (bases[name] @ bases[name].T, expected @ expected.T)
+    for learned in found:
+        assert set(learned) == ({name} if lora else {name, "head.weight"})
+        both = (learned[name] @ learned[name].T, expected @ expected.T)
         assert (both[0] - both[1]).abs().max() < 1e-10

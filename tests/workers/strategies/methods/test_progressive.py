@@ -63,12 +63,9 @@ def test_displacements_after_the_warm_up_are_in_the_cone_around_the_mean_of_its_
     """Behind AdamW and its decay; the mean is written out by hand."""
     stage, strategy, spy = make(0.9, lora=lora, mode="cone", warmup_ref_steps=4, ref_beta=0.7)
     stage.train(4)
-    mean = None
-    for delta in spy.deltas:
-        weighted = {name: 0.3 * d for name, d in delta.items()}
-        mean = (
-            weighted if mean is None else {name: 0.7 * mean[name] + weighted[name] for name in mean}
-        )
+    mean = {name: 0.3 * d for name, d in spy.deltas[0].items()}
+    for delta in spy.deltas[1:]:
+        mean = {name: 0.7 * mean[name] + 0.3 * d for name, d in delta.items()}
     for name, held in strategy.reference.held.items():
         assert torch.allclose(held, mean[name], atol=1e-15)
     stage.train(6)
@@ -115,7 +112,8 @@ def test_the_general_reference_is_minus_the_gradient_over_all_general_tokens(lor
         count += len(ids) - 2
     expected = torch.autograd.grad(nats / count, list(stage.params.values()), allow_unused=True)
     for (name, held), grad in zip(strategy.reference.held.items(), expected, strict=True):
-        right = torch.zeros_like(held) if grad is None else -grad
+        missing: bool = grad is None
+        right = torch.zeros_like(held) if missing else -grad
         assert torch.allclose(held, right, atol=1e-12), name
     assert all(p.grad is None for p in stage.params.values())
 
