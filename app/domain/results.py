@@ -52,12 +52,17 @@ class PostedResult(Frozen):
     suite_sha256: str | None = Field(
         default=None, min_length=64, max_length=64
     )  # of the benchmark's file
-    measured_at: datetime | None = None
+    measured_at: datetime | None = None  # with an offset; None: just now
+    source: str | None = Field(
+        default=None, min_length=1, max_length=128
+    )  # who measured; a monitor acts on the sources it lists. None: the name of the key
 
     @model_validator(mode="after")
     def _has_a_value(self) -> "PostedResult":
         if self.value is None and self.items is None:
             raise ValueError("value: give a value, or items")
+        if self.measured_at is not None and self.measured_at.tzinfo is None:
+            raise ValueError("measured_at: give the offset from UTC")
         if self.items is not None and len({item.id for item in self.items}) < len(self.items):
             raise ValueError("items: an id occurs twice")
         return self

@@ -16,6 +16,7 @@ from app.domain.states import JobState
 from app.services.engine import end_failed, end_lease, hold
 from app.services.events import add_job_event, add_transition
 from app.services.files import PROCESSED, RESULTS
+from app.services.lineage import find_parent
 from app.services.monitoring import FinalVerdict, final_verdict, judge_scores
 from app.services.storage import Stored
 
@@ -149,11 +150,13 @@ def _add_version(
     version_id = uuid4()
     base = session.get_one(BaseModel, job.base_model_id)
     project = session.get_one(Project, job.project_id)
+    parent = find_parent(session, job.project_id, JobSpec.model_validate(job.spec))
     version = ModelVersion(
         id=version_id,
         project_id=job.project_id,
         name=model_version_name(base.name, project.name, job.suffix, version_id),
         base_model_id=base.id,
+        parent_version_id=None if parent is None else parent.id,
         job_id=job.id,
         checkpoint_id=UUID(message.checkpoint_id),
         status="ready",

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, Checkpoint, Job, ModelVersion
 from app.db.repositories.catalog import CatalogRepository
+from app.db.repositories.deployment import DeploymentRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.db.repositories.registry import RegistryRepository
 from app.db.session import SessionFactory, transaction
@@ -18,6 +19,8 @@ from app.errors import Conflict, Forbidden
 from app.services.decisions import START
 from app.services.evaluations import row_id
 from app.services.events import add_job_event
+from app.services.lineage import find_parent
+from app.services.registered_models import find_by_reference
 from app.services.storage import Storage
 
 OWNER_OF_BASES = "retain"
@@ -30,6 +33,7 @@ class NamedModel:
     row: BaseModel | ModelVersion
     root: str  # the base model's name
     parent: str | None  # what it was tuned from; None for a base
+    aliases: tuple[str, ...] = ()  # `name@alias` of what points at it
 
 
 def list_named_models(session: Session, project_id: UUID) -> list[NamedModel]:
@@ -40,7 +44,7 @@ def list_named_models(session: Session, project_id: UUID) -> list[NamedModel]:
 
 
 def get_named_model(session: Session, project_id: UUID, name: str) -> NamedModel:
-    """A base model or a version by its name.
+    """A base model or a version by its name, or what `name@alias` points at.
 
     Raises:
         NotFound: The project sees none.
@@ -48,7 +52,10 @@ def get_named_model(session: Session, project_id: UUID, name: str) -> NamedModel
     base = CatalogRepository(session).find_model(name)
     if base is not None:
         return NamedModel(base, base.name, None)
-    return _with_names(session, [RegistryRepository(session).get(project_id, name)])[0]
+    version = find_by_reference(session, project_id, name)
+    if version is None:
+        version = RegistryRepository(session).get(project_id, name)
+    return _with_names(session, [version])[0]
 
 
 def delete_version(factory: SessionFactory, storage: Storage, project_id: UUID, name: str) -> None:
@@ -70,6 +77,9 @@ def delete_version(factory: SessionFactory, storage: Storage, project_id: UUID, 
         version = repository.get(project_id, name, for_update=True)
         if repository.is_being_made(version):
             raise Conflict(f"model: '{name}' is still being made.", "model", "model_pending")
+        used = [alias for _, alias in DeploymentRepository(session).list_aliases_of([version.id])]
+        if used:
+            raise Conflict(f"model: {', '.join(used)} points at '{name}'.", "model", "model_in_use")
         repository.mark_deleted(version)
     if version.path is not None:
         storage.delete(version.path)
@@ -93,12 +103,14 @@ def publish_point(
     spec = JobSpec.model_validate(source.spec)
     base = jobs.base_models([source])[source.base_model_id]
     version_id = uuid4()
+    parent = find_parent(session, project_id, spec)
     suffix = body.suffix or source.suffix
     version = ModelVersion(
         id=version_id,
         project_id=project_id,
         name=model_version_name(base.name, jobs.get_project(project_id).name, suffix, version_id),
         base_model_id=base.id,
+        parent_version_id=None if parent is None else parent.id,
         job_id=source.id,
         checkpoint_id=checkpoint_id,
         status="pending",
@@ -133,13 +145,14 @@ def publish_point(
         message=f"The point alpha {body.alpha:g} is being published as {version.name}.",
         data={"code": "publish_requested", "model": version.name, "alpha": body.alpha},
     )
-    return NamedModel(version, base.name, base.name), export
+    return _with_names(session, [version])[0], export
 
 
 def _with_names(session: Session, versions: list[ModelVersion]) -> list[NamedModel]:
     repository = RegistryRepository(session)
     bases = repository.base_names(versions)
     parents = repository.parent_names(versions)
+    aliases = DeploymentRepository(session).list_aliases_of([version.id for version in versions])
     return [
         NamedModel(
             version,
@@ -147,6 +160,7 @@ def _with_names(session: Session, versions: list[ModelVersion]) -> list[NamedMod
             bases[version.base_model_id]
             if version.parent_version_id is None
             else parents[version.parent_version_id],
+            tuple(alias for version_id, alias in aliases if version_id == version.id),
         )
         for version in versions
     ]

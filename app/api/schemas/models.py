@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from app.api.schemas.base import Identified, Schema, unix
 from app.db.models import BaseModel, Job
 from app.domain.identifiers import public_id
@@ -17,6 +19,7 @@ class ModelObject(Identified):
     shutdown_date: int | None = None
     root: str
     parent: str | None
+    aliases: list[str] = Field(default_factory=list)  # `name@alias` of what points at it
     status: str
     kind: str
     alpha: float | None
@@ -62,6 +65,7 @@ def show_model(named: NamedModel) -> ModelObject:
         owned_by=public_id("project", row.project_id),
         root=named.root,
         parent=named.parent,
+        aliases=list(named.aliases),
         status=row.status,
         kind=row.kind,
         alpha=row.alpha,

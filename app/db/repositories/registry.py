@@ -6,6 +6,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, Job, ModelVersion
+from app.domain.states import JobKind
 from app.errors import NotFound
 
 
@@ -66,5 +67,9 @@ class RegistryRepository:
 
     def is_being_made(self, version: ModelVersion) -> bool:
         """Whether an export job that has not ended writes this version."""
-        query = select(Job.id).where(Job.model_version_id == version.id, Job.finished_at.is_(None))
+        query = select(Job.id).where(
+            Job.model_version_id == version.id,
+            Job.kind == JobKind.EXPORT,
+            Job.finished_at.is_(None),
+        )
         return self._session.scalar(query.limit(1)) is not None
