@@ -257,7 +257,8 @@ def test_a_momentum_of_vectors_in_the_cone_stays_there_and_adam_does_not():
 
 def test_a_cone_within_a_subspace_is_exact_in_one_shot():
     rng = np.random.default_rng(8)
-    seen = Counter()
+    seen: Counter[str] = Counter()
+    u, basis = torch.zeros(0), torch.zeros(0)
     for _ in range(400):
         size, taken = int(rng.integers(3, 8)), int(rng.integers(1, 3))
         basis = torch.linalg.qr(torch.from_numpy(rng.normal(size=(size, taken)))).Q
