@@ -1,8 +1,9 @@
 """Submitting a job: a request becomes a frozen spec, and job, events and doorbell are written together."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import func
@@ -57,9 +58,21 @@ class JobFiles:
 
 
 def submit_job(
-    session: Session, project_id: UUID, body: CreateJob, *, max_queued: int = 100
+    session: Session,
+    project_id: UUID,
+    body: CreateJob,
+    *,
+    max_queued: int = 100,
+    found_before: Sequence[dict[str, Any]] = (),
 ) -> Job:
     """Validates a request into a frozen spec and writes job, events and doorbell; the caller commits all at once.
+
+    Args:
+        session: The caller's transaction.
+        project_id: Whose job it is.
+        body: The request.
+        max_queued: Jobs of a project that may wait.
+        found_before: Warnings that took reading files, which no transaction waits for.
 
     Raises:
         NotFound: No such model, file or benchmark for this project; `param` names the field.
@@ -83,7 +96,7 @@ def submit_job(
     base = _find_base(session, body.model)
     files = _find_files(session, project_id, base, body)
     spec, watched, chosen = _resolve(session, project, base, files, body)
-    warnings = warn_of_spec(spec, watched, chosen)
+    warnings = [*warn_of_spec(spec, watched, chosen), *found_before]
     found = _estimate_power(session, base, spec.policy, watched)
     if found is not None:
         warnings += warn_of_floors(found)

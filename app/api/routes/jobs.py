@@ -40,6 +40,7 @@ from app.domain.requests import PublishPoint
 from app.domain.scopes import Caller
 from app.domain.spec import CreateJob
 from app.services import control, jobs, registry
+from app.services.contamination import find_contamination
 from app.services.submission import submit_job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -57,9 +58,12 @@ def create_job(
 ) -> Response:
     """Submits a job. `retention`, `training` and `resources` are siblings of OpenAI's fields."""
     limit = resources.settings.max_queued_jobs
+    overlaps = find_contamination(
+        resources.session_factory, resources.storage, caller.project_id, body
+    )
 
     def work(session: Session) -> JobObject:
-        job = submit_job(session, caller.project_id, body, max_queued=limit)
+        job = submit_job(session, caller.project_id, body, max_queued=limit, found_before=overlaps)
         return show_job(jobs.show_jobs(session, [job])[0])
 
     return writer.run(caller, body, work)
