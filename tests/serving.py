@@ -7,9 +7,15 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from app.db.models import Project
 from app.db.session import SessionFactory
+from app.domain.scopes import DEFAULT_SCOPES
 from app.main import create_app
+from app.services.keys import create_key
+from app.services.storage import Storage
 from app.settings import Settings
+from tests.external import store_benchmark
+from tests.factories import make_project
 
 
 @contextmanager
@@ -33,3 +39,13 @@ def serving(settings: Settings, session_factory: SessionFactory) -> Iterator[str
         finally:
             server.should_exit = True
             thread.join(timeout=20)
+
+
+def make_caller(session_factory: SessionFactory, settings: Settings) -> tuple[Project, str]:
+    """A project whose benchmark `general` lies in the store, and a key of it."""
+    with session_factory() as session:
+        project = make_project(session)
+        key = create_key(session, project_id=project.id, name="key", scopes=DEFAULT_SCOPES).text
+        store_benchmark(session, Storage(settings.storage_root), project)
+        session.commit()
+        return project, key
