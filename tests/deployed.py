@@ -32,16 +32,29 @@ class Deployed:
     benchmark_name: str
     models: list[ModelVersion]
     caller: Caller
+    registered_id: str
 
 
-def make_deployed(session: Session, *, num_versions: int = 2, **fields: Any) -> Deployed:
-    """Versions 1 to n of `support-bot`, promoted to `production` one after the other.
+def make_deployed(
+    session: Session,
+    *,
+    num_versions: int = 2,
+    name: str = NAME,
+    project: Project | None = None,
+    **fields: Any,
+) -> Deployed:
+    """Versions 1 to n of a registered model, promoted to `production` one after the other.
 
     The job behind them started from a base with general data, with EWC at strength 1, and its baseline has
     1,200 of 2,000 items right.
     """
     job, (version,) = start_job(session)
-    project = session.get_one(Project, job.project_id)
+    if project is None:
+        project = session.get_one(Project, job.project_id)
+    for row in (job, session.get_one(Benchmark, version.benchmark_id)):
+        row.project_id = project.id
+    for file_id in (job.training_file_id, version.file_id):
+        session.get_one(File, file_id).project_id = project.id
     base = session.get_one(BaseModel, job.base_model_id)
     base.general_file_id = make_file(session).id
     base.has_chat_template = False  # as the job's plan says
@@ -55,19 +68,22 @@ def make_deployed(session: Session, *, num_versions: int = 2, **fields: Any) -> 
     key = make_key(session, project, name="watchdog")
     scopes = frozenset(Scope) - {Scope.MODELS_FORCE}
     caller = Caller(project_id=project.id, key_id=key.key_id, scopes=scopes)
-    create_registered_model(session, project.id, CreateRegisteredModel(name=NAME, **fields))
+    made = create_registered_model(session, project.id, CreateRegisteredModel(name=name, **fields))
     models = []
     for number in range(1, num_versions + 1):
         model = make_model_version(session, job)
-        register_version(session, project.id, NAME, RegisterVersion(model=model.name))
-        promote(session, caller, NAME, ALIAS, Promote(version=number))
+        register_version(session, project.id, name, RegisterVersion(model=model.name))
+        promote(session, caller, name, ALIAS, Promote(version=number))
         models.append(model)
-    return Deployed(project, job, version, benchmark_name(session, version), models, caller)
-
-
-def benchmark_name(session: Session, version: BenchmarkVersion) -> str:
-    """What results are posted under."""
-    return session.get_one(Benchmark, version.benchmark_id).name
+    return Deployed(
+        project=project,
+        job=job,
+        benchmark=version,
+        benchmark_name=session.get_one(Benchmark, version.benchmark_id).name,
+        models=models,
+        caller=caller,
+        registered_id=public_id("registered_model", made.id),
+    )
 
 
 def store_items(session: Session, storage: Storage, version: BenchmarkVersion) -> None:

@@ -14,6 +14,7 @@ from app.domain.states import JobState
 from app.services.external_runs import register_run
 from app.services.webhooks import create_endpoint, emit_event, list_deliveries
 from tests.app.api.conftest import CHAT, Api
+from tests.deployed import make_deployed
 from tests.factories import (
     make_benchmark,
     make_checkpoint,
@@ -46,6 +47,7 @@ def foreign(api: Api) -> dict[str, str]:
     benchmark = make_benchmark(session, owner, name="theirs")
     watched = {"model": "m", "policy": {"benchmarks": [{"name": "theirs"}]}}
     run = register_run(session, owner.id, CreateRun.model_validate(watched))
+    deployed = make_deployed(session, project=owner, name="their-bot")
     session.commit()
     return {
         "file_id": public_id("file", make_file(session, owner).id),
@@ -54,6 +56,10 @@ def foreign(api: Api) -> dict[str, str]:
         "decision_id": public_id("decision", run.id),
         "model": version.name,
         "benchmark": public_id("benchmark", benchmark.benchmark_id),
+        "registered_model": "their-bot",
+        "registered_model_id": deployed.registered_id,
+        "version": "1",
+        "alias": "production",
         "webhook_endpoint_id": public_id("webhook_endpoint", endpoint.id),
         "delivery_id": public_id("webhook_delivery", rows[0][0].id),
     }
@@ -76,6 +82,10 @@ def body_for(path: str) -> dict[str, Any]:
         return {"step": 1}
     if path.endswith("/override"):
         return {"action": "stop", "reason": "r"}
+    if path.endswith("/versions"):
+        return {"model": "m"}
+    if path.endswith(("/promote", "/aliases/{alias}")):
+        return {"version": 1}
     return {"name": "n"} if path.endswith("{webhook_endpoint_id}") else {}
 
 
@@ -85,7 +95,7 @@ def test_foreign_ids_are_404_on_every_route(api: Api, foreign: dict[str, str]) -
         if "{" not in path:
             continue
         url = re.sub(r"\{(\w+)(:path)?\}", lambda found: foreign[found[1]], path)
-        body = body_for(path) if method == "POST" else None
+        body = body_for(path) if method in {"POST", "PUT", "PATCH"} else None
         answer = api.client.request(method, url, json=body)
         assert answer.status_code == 404, (method, path, answer.text)
         tried += 1
@@ -101,6 +111,7 @@ def test_nothing_foreign_is_listed(api: Api, foreign: dict[str, str]) -> None:
         "/v1/files": "file_id",
         "/v1/fine_tuning/jobs": "fine_tuning_job_id",
         "/v1/benchmarks": "benchmark",
+        "/v1/registered_models": "registered_model_id",
         "/v1/runs": "run_id",
         "/v1/webhook_endpoints": "webhook_endpoint_id",
     }
