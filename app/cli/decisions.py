@@ -29,7 +29,7 @@ def list_(
         show_json(rows)
         return
     show_table(
-        ["ID", "STEP", "BRANCH", "VERDICT", "ACTION", "STATE", "REASON"],
+        ["ID", "STEP", "BRANCH", "VERDICT", "ACTION", "CODE", "STATE"],
         [
             [
                 row["id"],
@@ -37,8 +37,8 @@ def list_(
                 row["branch"],
                 row["trigger"]["verdict"],
                 row["action"],
+                row["code"],
                 row["state"],
-                row["reason"],
             ]
             for row in rows
         ],
