@@ -1,35 +1,31 @@
 """Results from outside: recorded, read by the sensor as the run's own are, and acted on with the scope for it."""
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from sqlalchemy.orm import Session
 
 from app.db.models import (
-    BenchmarkVersion,
     DecisionRow,
     Evaluation,
-    File,
     Job,
     JobOrder,
     ModelVersion,
 )
 from app.db.repositories.history import HistoryRepository
-from app.domain.benchmarks import Scorer, Scores, item_id
 from app.domain.decisions import Action, ControllerState, Decision, Look, Reading, Verdict
 from app.domain.identifiers import parse_id
 from app.domain.messages import Order
+from app.domain.monitors import MonitorOutcome
 from app.domain.results import METRICS, PostedResult, PostedResults
 from app.domain.runplan import BenchmarkPlan
 from app.domain.scopes import Caller, Scope
-from app.domain.sensing import SensedBenchmark, Summary, read_sensor
+from app.domain.sensing import SensedBenchmark, read_sensor
 from app.domain.states import JobState
-from app.errors import BadRequest, Conflict, NotFound
+from app.errors import Conflict, NotFound
 from app.services.decisions import apply_decision, list_facts, roll_back_of
 from app.services.evaluations import Watch, fill_scores, load_watch, row_id, sense
+from app.services.posted import align_items, check_range, summarise, value_of
 from app.services.storage import Storage
 
 
@@ -40,6 +36,7 @@ class RecordedLook:
     evaluations: tuple[Evaluation, ...]
     reading: Reading | None  # None: nothing watched was posted
     decision: DecisionRow | None  # None: recorded only
+    monitored: tuple[MonitorOutcome, ...] = ()  # of a deployed model's monitors
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,16 +165,16 @@ def _record_result(
             "suite_sha256",
             "suite_mismatch",
         )
-    _check_range(result, plan.scorer)
+    check_range(result, plan.scorer)
     row.benchmark_version_id = version.id
-    values = _align(session, storage, version, result)
+    values = align_items(session, storage, version, result)
     if values is not None:
         reference = sense(session, subject.watch, plan, None, None)
         fill_scores(row, values, reference.baseline_tokens)
         found = sense(session, subject.watch, plan, values, None)
     else:
         row.is_paired = False
-        summary = _summarise(result, plan.scorer)
+        summary = summarise(result, plan.scorer)
         found = sense(session, subject.watch, plan, None, None, summary)
     session.flush()
     is_comparable = result.metric is None or result.metric in METRICS[plan.scorer]
@@ -199,7 +196,7 @@ def _build_row(subject: _Subject, result: PostedResult) -> Evaluation:
         source="external",
         branch=subject.job.branch if subject.model is None else None,
         step=result.step,
-        value=_value_of(result),
+        value=value_of(result),
         stderr=result.stderr,
         n_samples=result.n_samples if result.items is None else len(result.items),
         is_paired=result.items is not None,
@@ -207,63 +204,6 @@ def _build_row(subject: _Subject, result: PostedResult) -> Evaluation:
     if result.measured_at is not None:
         row.measured_at = result.measured_at
     return row
-
-
-def _align(
-    session: Session, storage: Storage, version: BenchmarkVersion, result: PostedResult
-) -> Scores | None:
-    """The items' scores in the version's order, NaN where none was posted; None when no id is the baseline's."""
-    if result.items is None:
-        return None
-    file = session.get_one(File, version.file_id)
-    lines = storage.read_bytes(file.path).splitlines()
-    places = {
-        item_id(json.loads(line)): place for place, line in enumerate(filter(bytes.strip, lines))
-    }
-    values = np.full(version.num_items, np.nan, dtype=np.float32)
-    matched = 0
-    for item in result.items:
-        place = places.get(item.id)
-        if place is not None:
-            values[place] = item.score
-            matched += 1
-    return values if matched else None
-
-
-def _value_of(result: PostedResult) -> float:
-    if result.value is not None:
-        return result.value
-    scores = [item.score for item in result.items or ()]
-    return math.fsum(scores) / len(scores)
-
-
-def _check_range(result: PostedResult, scorer: Scorer) -> None:
-    """Accuracies are shares: a percentage would read as a huge gain."""
-    if scorer is Scorer.NLL:
-        return
-    scores = [item.score for item in result.items or ()]
-    for name, values in (
-        ("value", [] if result.value is None else [result.value]),
-        ("items", scores),
-    ):
-        if any(not 0 <= value <= 1 for value in values):
-            raise BadRequest(f"{name}: scores of '{result.benchmark}' lie between 0 and 1.", name)
-
-
-def _summarise(result: PostedResult, scorer: Scorer) -> Summary | None:
-    """Value, standard error and number of samples; None without a number of samples.
-
-    Items of `nll` that match no baseline item have no token counts, so they give no value of their own.
-    """
-    if result.items is None:
-        if result.n_samples is None or result.value is None:
-            return None
-        return Summary(value=result.value, stderr=result.stderr, n=result.n_samples)
-    if scorer is Scorer.NLL:
-        return None
-    scores = np.array([item.score for item in result.items])
-    stderr = float(scores.std(ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else None
-    return Summary(value=_value_of(result), stderr=stderr, n=len(scores))
 
 
 def _act(
