@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 
 from app.db.session import SessionFactory
 from app.settings import Settings
-from tests.app.cli.test_cli import retain
+from tests.app.cli.test_cli import retain, retain_process
 from tests.external import point, registration, scores
 from tests.serving import make_caller, serving
 
@@ -53,7 +53,7 @@ def test_every_decision_replays_and_is_listed(surroundings) -> None:
         assert done.returncode == 0, done.stderr
         assert "They agree." in done.stdout
         assert done.stdout.count(f"{row['action']} ({row['code']})") == 2
-    listed = retain("decisions", "list", rows[0]["run_id"], **where)
+    listed = retain_process("decisions", "list", rows[0]["run_id"], **where)
     assert [row["id"] for row in rows] == [
         line.split()[0] for line in listed.stdout.splitlines() if line.startswith("rdec_")
     ]
