@@ -1,5 +1,8 @@
 """`retain benchmarks`: what models are watched by."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +47,34 @@ def add(
             "benchmarks", body | {key: value for key, value in drawn.items() if value is not None}
         )
     show(str(answer["id"]))
+
+
+@benchmarks.command("import-task")
+def import_task(
+    name: Annotated[str, typer.Argument(help="A task or group of lm-evaluation-harness.")],
+    out: Annotated[Path, typer.Option(help="Where the items go, as JSONL.")],
+    include_path: Annotated[
+        Path | None, typer.Option(help="A directory with task files. [default: the harness's own]")
+    ] = None,
+    scorer: Annotated[
+        Scorer | None,
+        typer.Option(help="In place of the task's metric, where none here equals it."),
+    ] = None,
+) -> None:
+    """Write a harness task's documents as benchmark items; nothing is downloaded."""
+    command = [sys.executable, "-m", "workers.evaluation.harness", name, "--out", str(out)]
+    command += [] if include_path is None else ["--include-path", str(include_path)]
+    command += [] if scorer is None else ["--scorer", scorer.value]
+    # What the harness says of itself goes to standard error as it stands.
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    if done.returncode != 0:
+        raise typer.Exit(1)
+    told = json.loads(done.stdout.splitlines()[-1])
+    tell(f"{told['num_items']:,} items; documents that occurred again: {told['num_repeated']}.")
+    tell(
+        f"retain benchmarks add {name} {out} --scorer {told['scorer']} --source '{told['source']}'"
+    )
+    show(str(out))
 
 
 @benchmarks.command("list")
