@@ -14,6 +14,7 @@ from app.domain.decisions import (
 )
 from app.domain.levers import turn_up, with_strength
 from app.domain.policy import Policy
+from app.domain.proposals import mark_proposal
 from app.domain.staging import cross_stages
 from app.domain.wording import describe_reading, number_text
 
@@ -34,7 +35,8 @@ def decide(
         state: As the last decision left it, else `initial_state`.
         look: The reading and what else is known at this point.
     """
-    return cross_stages(_decide(policy, levers, state, look), look)
+    decision = cross_stages(_decide(policy, levers, state, look), look)
+    return mark_proposal(policy, decision)
 
 
 def _decide(

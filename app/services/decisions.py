@@ -25,6 +25,7 @@ from app.domain.identifiers import public_id
 from app.domain.levers import build_levers, initial_state
 from app.domain.messages import PublishTarget, RollBack
 from app.domain.policy import Policy
+from app.domain.proposals import carried_out
 from app.domain.publishing import choose_checkpoint
 from app.domain.spec import JobSpec
 from app.domain.staging import stage_facts, stage_strategies, trained_stage
@@ -117,14 +118,15 @@ def write_decision(
         action=decision.action.value,
         code=decision.code,
         reason=decision.reason,
-        state="applied",
+        state="proposed" if decision.is_proposal else "applied",
         evidence=evidence,
         decision=decision.model_dump(mode="json"),
         reply={},
     )
-    job.controller_state = decision.state.model_dump(mode="json")
-    if decision.action is Action.ROLL_BACK:
-        row.target_checkpoint_id = _rewind(session, job, decision)
+    done = in_force(row)
+    job.controller_state = done.state.model_dump(mode="json")
+    if done.action is Action.ROLL_BACK:
+        row.target_checkpoint_id = _rewind(session, job, done)
     session.add(row)
     session.flush()
     _tell(session, job, row, look.reading, decision)
@@ -133,12 +135,10 @@ def write_decision(
 
 def in_force(row: DecisionRow) -> Decision:
     """What is carried out: the decision, but of a mere proposal nothing."""
-    decision = Decision.model_validate(row.decision)
-    if row.state not in {"proposed", "accepted"}:
-        return decision
-    before = ControllerState.model_validate(row.evidence["state"])
-    return decision.model_copy(
-        update={"action": Action.KEEP, "state": before, "target_checkpoint_id": None}
+    return carried_out(
+        Decision.model_validate(row.decision),
+        ControllerState.model_validate(row.evidence["state"]),
+        Look.model_validate(row.evidence["look"]),
     )
 
 
@@ -244,6 +244,7 @@ def _tell(
             "upper": reading.upper,
             "max_drop": reading.limit,
             "action": row.action,
+            "state": row.state,
             "code": row.code,
             "reason": row.reason,
             "lever": decision.lever,
@@ -252,19 +253,23 @@ def _tell(
             "alternatives": list(decision.alternatives),
         },
     }
+    proposed = "proposed " if decision.is_proposal else ""
     calm = decision.action in CALM or decision.code == "early_stopping"
     add_job_event(
         session,
         job,
         level="info" if calm else "warn",
-        message=f"Step {row.step}: {row.action}. {row.reason}",
+        message=f"Step {row.step}: {proposed}{row.action}. {row.reason}",
         data=data,
     )
     is_ordered = row.origin.startswith(BY_PEOPLE)
     is_found = reading.verdict is Verdict.REGRESS and not is_ordered
     types = ["retention.regression_detected"] if is_found else []
     types += ["retention.overridden"] if row.origin.startswith(OVERRIDE) else []
-    types += [WEBHOOKS[decision.action]] if decision.action in WEBHOOKS else []
+    if decision.is_proposal:
+        types.append("retention.proposed")
+    elif decision.action in WEBHOOKS:
+        types.append(WEBHOOKS[decision.action])
     for kind in types:
         about = {"decision": data["decision"]}
         emit_event(session, project_id=job.project_id, type=kind, data=about, job=job)

@@ -12,14 +12,14 @@ from app.db.repositories.history import HistoryRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.domain.external import Acknowledge, CreateRun, FinishRun, RunSpec, check_levers
 from app.domain.identifiers import PREFIXES, parse_id, public_id
-from app.domain.policy import Policy, WatchedBenchmark
+from app.domain.policy import Policy
 from app.domain.runplan import BasePlan, BenchmarkPlan
 from app.domain.states import JobKind, JobState
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, RetainError
-from app.services.benchmarks import Watched, resolve_watched
 from app.services.evaluations import Watch, baseline_key, row_id
 from app.services.events import add_transition
 from app.services.monitoring import refresh_power
+from app.services.watched import Watched, resolve_watched
 
 MAX_RUNNING = 1000  # a project; a run that nobody ends is followed for ever
 _POLICY_PATH = "retention.policy"  # where a job's policy stands
@@ -44,12 +44,7 @@ def register_run(session: Session, project_id: UUID, body: CreateRun) -> Job:
     policy = _policy(session, project_id, body)
     check_levers(body.levers, policy)
     watched = _watched(session, project_id, base, policy)
-    pinned = tuple(
-        WatchedBenchmark(
-            name=found.benchmark.reference, weight=found.weight, max_drop=found.max_drop
-        )
-        for found in watched
-    )
+    pinned = tuple(found.pinned for found in watched)
     run = Job(
         project_id=project_id,
         kind=JobKind.EXTERNAL,

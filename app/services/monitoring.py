@@ -33,6 +33,7 @@ from app.services.decisions import (
     START,
     apply_decision,
     find_publish_target,
+    in_force,
     list_facts,
     roll_back_of,
 )
@@ -147,7 +148,7 @@ def record_evaluation(
         checkpoints=list_facts(history, job),
     )
     row = apply_decision(session, job, watch.policy, look, origin=RUN)
-    decision = Decision.model_validate(row.decision)
+    decision = in_force(row)
     reply = _reply(history, job, watch, message, decision)
     row.reply = reply.model_dump(mode="json")
     if decision.action is Action.ROLL_BACK:

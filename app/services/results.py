@@ -9,13 +9,11 @@ from app.db.models import (
     DecisionRow,
     Evaluation,
     Job,
-    JobOrder,
     ModelVersion,
 )
 from app.db.repositories.history import HistoryRepository
-from app.domain.decisions import Action, ControllerState, Decision, Look, Reading, Verdict
+from app.domain.decisions import Action, Look, Reading, Verdict
 from app.domain.identifiers import parse_id
-from app.domain.messages import Order
 from app.domain.monitors import MonitorOutcome
 from app.domain.results import METRICS, PostedResult, PostedResults
 from app.domain.runplan import BenchmarkPlan
@@ -23,8 +21,9 @@ from app.domain.scopes import Caller, Scope
 from app.domain.sensing import SensedBenchmark, read_sensor
 from app.domain.states import JobState
 from app.errors import Conflict, NotFound
-from app.services.decisions import apply_decision, list_facts, roll_back_of
+from app.services.decisions import apply_decision, in_force, list_facts
 from app.services.evaluations import Watch, fill_scores, load_watch, row_id, sense
+from app.services.orders import give_order
 from app.services.posted import align_items, check_range, summarise, value_of
 from app.services.storage import Storage
 
@@ -225,19 +224,6 @@ def _act(
     if watch is None:
         raise Conflict("The job has not started yet.", "subject.id")
     row = apply_decision(session, job, watch.policy, look, origin=f"external:{evaluation.id}")
-    decision = Decision.model_validate(row.decision)
-    if decision.action is Action.KEEP:
-        return row
-    job.order_version += 1
-    order = Order(
-        version=job.order_version,
-        branch=branch,
-        state=ControllerState.model_validate(row.decision["state"]),
-        roll_back=roll_back_of(history, job) if decision.action is Action.ROLL_BACK else None,
-        stop=decision.action is Action.STOP,
-        reason=decision.reason,
-    )
-    row.reply = order.model_dump(mode="json")
-    session.add(JobOrder(job_id=job.id, version=order.version, branch=branch, order=row.reply))
-    session.flush()
+    if in_force(row).action is not Action.KEEP:
+        give_order(session, job, row)
     return row

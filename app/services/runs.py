@@ -27,7 +27,7 @@ from app.domain.spec import ExportSpec, JobSpec
 from app.domain.states import JobKind
 from app.errors import TrainingFailed
 from app.services.checkpoints import choose_resume
-from app.services.decisions import RUN
+from app.services.decisions import RUN, in_force
 from app.services.engine import hold
 from app.services.evaluations import find_baseline
 from app.services.named_models import list_stored_models
@@ -324,7 +324,7 @@ def _resume(session: Session, job: Job, checkpoint: Checkpoint, scratch: Scratch
     decision, carry, state = None, None, None
     if checkpoint.branch == job.branch:
         row = history.find_decision(job.id, checkpoint.branch, checkpoint.step, RUN)
-        if row is not None and row.action != Action.ROLL_BACK.value:
+        if row is not None and in_force(row).action is not Action.ROLL_BACK:
             decision = DecisionReply.model_validate(row.reply)
     else:
         row = history.find_rollback(job)

@@ -9,20 +9,21 @@ from sqlalchemy.exc import IntegrityError
 from app.db.models import DecisionRow, Job, JobOrder, WebhookEvent
 from app.domain.identifiers import public_id
 from app.domain.messages import Order
+from app.domain.policy import Ladder, Policy
 from app.domain.replay import replay
 from app.domain.scopes import Scope
 from app.services.monitoring import record_evaluation
 from tests.app.api.conftest import Api
 from tests.factories import make_job, make_project
-from tests.histories import evaluated, save_checkpoint, start_job
+from tests.histories import POLICY, evaluated, save_checkpoint, start_job
 
 
 class Told:
     """A running job of the client's project, and what its trainer was answered."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, policy: Policy = POLICY) -> None:
         self.api, self.session = api, api.session
-        self.job, self.versions = start_job(self.session, project=api.project)
+        self.job, self.versions = start_job(self.session, project=api.project, policy=policy)
         self.session.commit()
         self.path = f"/v1/fine_tuning/jobs/{public_id('job', self.job.id)}/decisions"
 
@@ -217,3 +218,104 @@ def test_what_was_applied_is_no_proposal(told: Told) -> None:
     answer = told.api.client.post(f"{path}/accept", json={})
     assert refused(answer) == (409, "decision_id", "not_proposed")
     assert told.session.get_one(Job, told.job.id).order_version == 0
+
+
+DRY = Policy(ladder=Ladder(repair=False), dry_run=True)
+
+
+@pytest.fixture
+def dry(api: Api) -> Told:
+    return Told(api, DRY)
+
+
+def test_a_dry_run_only_proposes(dry: Told) -> None:
+    raised = dry.evaluate(30, 80)
+    back = dry.evaluate(60, 300)
+    dry.session.refresh(dry.job)
+    assert (dry.job.branch, dry.job.order_version) == (0, 0)
+    assert dry.job.controller_state is not None
+    assert dry.job.controller_state["strengths"] == {"ewc": 1.0}
+    assert (dry.job.controller_state["evals"], dry.job.controller_state["rollbacks"]) == (2, 0)
+    rows = dry.session.scalars(select(DecisionRow).order_by(DecisionRow.seq)).all()
+    assert [(row.action, row.state, row.reply["action"]) for row in rows] == [
+        ("raise_strength", "proposed", "keep"),
+        ("roll_back", "proposed", "keep"),
+    ]
+    assert all(row.reply["roll_back"] is None and not row.reply["finish"] for row in rows)
+    assert rows[0].reply["state"]["strengths"] == {"ewc": 1.0}
+    assert rows[1].target_checkpoint_id is None
+    for row in rows:
+        assert replay(row.evidence).model_dump(mode="json") == row.decision
+    shown = dry.api.client.get(dry.path).json()["data"]
+    assert [(row["state"], row["after"]["strengths"]["ewc"]) for row in shown] == [
+        ("proposed", 4.0),
+        ("proposed", 2.0),
+    ]
+    events = dry.session.scalars(select(WebhookEvent.type).order_by(WebhookEvent.seq)).all()
+    assert events == ["retention.regression_detected", "retention.proposed"] * 2
+    log = dry.api.client.get(dry.path.replace("decisions", "events")).json()["data"]
+    assert any(event["message"].startswith("Step 30: proposed raise_strength.") for event in log)
+    assert raised != back
+
+
+def test_a_proposal_is_accepted_while_it_applies(dry: Told) -> None:
+    first = dry.evaluate(30, 80)
+    second = dry.evaluate(60, 80)
+    answer = dry.api.client.post(f"{first}/accept", json={"reason": "yes"})
+    assert answer.status_code == 200, answer.text
+    made = answer.json()
+    assert (made["action"], made["state"], made["after"]["strengths"]) == (
+        "raise_strength",
+        "applied",
+        {"ewc": 2.0},
+    )
+    assert made["origin"].startswith("accept:")
+    assert made["ordered"]["reason"] == "yes"
+    (given,) = dry.orders()
+    assert (given.state.strengths, given.roll_back) == ({"ewc": 2.0}, None)
+    again = dry.api.client.post(f"{first}/accept", json={})
+    assert refused(again) == (409, "decision_id", "not_proposed")
+    stale = dry.api.client.post(f"{second}/accept", json={})  # made at strength 1
+    assert refused(stale) == (409, "decision_id", "not_applicable")
+    rows = dry.session.scalars(select(DecisionRow).order_by(DecisionRow.seq)).all()
+    assert [(row.state, row.look) for row in rows] == [
+        ("accepted", 1),
+        ("proposed", 2),
+        ("applied", 1),
+    ]
+    for row in rows:
+        assert replay(row.evidence).model_dump(mode="json") == row.decision
+    dry.evaluate(90, 80)
+    newest = dry.session.scalars(select(DecisionRow).order_by(DecisionRow.seq.desc())).first()
+    assert newest is not None
+    assert (newest.look, newest.evidence["state"]["strengths"]) == (3, {"ewc": 2.0})
+
+
+def test_a_proposed_rollback_is_accepted_and_voids_what_was_proposed_on_the_branch(
+    dry: Told,
+) -> None:
+    dry.evaluate(30)
+    raised, back = dry.evaluate(60, 80), dry.evaluate(90, 300)
+    made = dry.api.client.post(f"{back}/accept", json={}).json()
+    dry.session.refresh(dry.job)
+    assert (made["action"], dry.job.branch, dry.job.step) == ("roll_back", 1, 30)
+    (given,) = dry.orders()
+    assert given.roll_back is not None
+    assert (given.roll_back.step, given.state.strengths) == (30, {"ewc": 4.0})
+    late = record_evaluation(dry.session, dry.job.id, 1, evaluated(dry.versions, 120))
+    assert late.roll_back == given.roll_back
+    answer = dry.api.client.post(f"{raised}/accept", json={})
+    assert refused(answer) == (409, "decision_id", "not_applicable")
+
+
+def test_a_proposal_to_go_back_to_what_is_gone_is_refused(dry: Told) -> None:
+    good = dry.evaluate(30)
+    back = dry.evaluate(90, 300)
+    dry.session.execute(text("UPDATE checkpoints SET corrupt = true WHERE step = 30"))
+    dry.session.commit()
+    answer = dry.api.client.post(f"{back}/accept", json={})
+    assert refused(answer) == (409, "decision_id", "not_applicable")
+    calm = dry.api.client.post(f"{good}/accept", json={})
+    assert refused(calm) == (409, "decision_id", "not_proposed")
+    long = dry.api.client.post(f"{back}/accept", json={"reason": "x" * 1001})
+    assert refused(long)[:2] == (400, "reason")

@@ -51,7 +51,8 @@ def test_a_run_is_registered_and_its_baseline_says_what_can_be_seen(
         "running",
         "our-own-7b",
     )
-    assert made["policy"]["benchmarks"] == [{"name": "general@1", "weight": 1.0, "max_drop": None}]
+    (watched,) = made["policy"]["benchmarks"]
+    assert (watched["name"], watched["weight"]) == ("general@1", 1.0)
     assert made["strengths"] == {"ewc": 1.0, "kl": 0.0}
     assert made["power"] is None
     path = f"/v1/runs/{made['id']}"
@@ -136,6 +137,35 @@ def test_an_armed_lever_is_activated_when_it_is_first(api: Api, benchmark: Any) 
         [{"type": "set_strength", "strategy": "kl", "strength": 0.5}],
         [{"type": "set_strength", "strategy": "kl", "strength": 1.0}],
     ]
+
+
+def test_a_dry_run_tells_its_trainer_nothing_until_somebody_accepts(
+    api: Api, benchmark: Any
+) -> None:
+    policy = {"benchmarks": [{"name": "general"}], "dry_run": True}
+    path = f"/v1/runs/{register(api, policy=policy).json()['id']}"
+    api.client.post(f"{path}/baseline", json={"scores": [scores()]})
+    evaluate(api, path, 10)
+    proposed = evaluate(api, path, 20, 200)
+    assert (proposed["action"], proposed["state"], proposed["instructions"]) == (
+        "roll_back",
+        "proposed",
+        [],
+    )
+    evaluate(api, path, 30)
+    assert api.client.get(path).json()["branch"] == 0
+    accept = f"{path}/decisions/{proposed['id']}/accept"
+    made = api.client.post(accept, json={"reason": "do it"}).json()
+    assert made["instructions"][0] == {"type": "roll_back", "step": 10, "branch": 1}
+    assert made["ordered"]["reason"] == "do it"
+    rows = api.client.get(f"{path}/decisions", params={"after": proposed["id"]}).json()["data"]
+    assert [row["action"] for row in rows] == ["keep", "roll_back"]
+    assert evaluate(api, path, 40)["id"] == made["id"]  # a trainer that did not hear of it
+    order = {"action": "roll_back", "step": 30, "reason": "it was fine"}
+    gone = api.client.post(f"{path}/decisions/{made['id']}/override", json=order)
+    assert refused(gone) == (409, "step", "no_such_target")
+    start = api.client.post(f"{path}/decisions/{made['id']}/override", json=order | {"step": 0})
+    assert start.json()["instructions"][0] == {"type": "roll_back", "step": 0, "branch": 2}
 
 
 def test_the_same_point_again_is_no_new_look(api: Api, run: str) -> None:
