@@ -109,7 +109,8 @@ class NllItem(Frozen):
 ITEM_TYPES: dict[Scorer, type[MultipleChoiceItem] | type[ExactMatchItem] | type[NllItem]] = {
     Scorer.MULTIPLE_CHOICE: MultipleChoiceItem,
     Scorer.NLL: NllItem,
-} | dict.fromkeys(GENERATION, ExactMatchItem)
+    **{scorer: ExactMatchItem for scorer in GENERATION},  # noqa: C420 - as `fromkeys` mypy loses the type
+}
 
 
 def item_id(item: Mapping[str, Any]) -> str:

@@ -52,7 +52,9 @@ class BenchmarkReading(Frozen):
     p_regress: float | None  # of H0 drop <= limit
     verdict: Verdict
     stderr: float | None = None
-    mcnemar_p: float | None = None  # exact, two-sided; reported, never a gate
+    mcnemar_p: float | None = (
+        None  # exact, two-sided; reported, never a gate; None where scores are shares
+    )
 
 
 class GainReading(Frozen):

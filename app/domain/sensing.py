@@ -196,8 +196,13 @@ def _measure(benchmark: SensedBenchmark) -> _Measured:
         value=moments.value,
         estimate=relative_drop([moments]),
         moments=moments,
-        mcnemar=mcnemar_p(baseline, value),
+        mcnemar=mcnemar_p(baseline, value) if _is_binary(baseline, value) else None,
     )
+
+
+def _is_binary(*scores: Floats) -> bool:
+    """Whether every item is right or wrong: of shares McNemar's test would count whichever side of a half they are."""
+    return all(bool(((each == 0) | (each == 1)).all()) for each in scores)
 
 
 def _measure_summary(benchmark: SensedBenchmark, baseline: Floats) -> _Measured:

@@ -52,6 +52,7 @@ def test_a_gain_is_shown_when_its_lower_bound_is_above_what_was_asked(
     )
     assert found.gain == pytest.approx(rise, abs=0.01)
     assert found.lower is not None
+    assert found.gain is not None
     assert found.lower < found.gain
     assert found.has_risen is has_risen
 

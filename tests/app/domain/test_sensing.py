@@ -1,5 +1,6 @@
 """Verdicts over benchmarks, the report test and the rule of the searches."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -258,3 +259,51 @@ def test_what_just_holds_on_the_gate_passes_the_report_test_with_about_80_percen
         )
         passed += read_report(POLICY, [report]).verdict is Verdict.PASS
     assert 0.7 < passed / trials < 0.93
+
+
+def shares(rng: np.random.Generator, n: int, *, lost: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Scores like token F1: many zeros and ones, shares between, each item moved a little by another decoding.
+
+    `lost` of the items that scored something score nothing now, so that is the true relative drop.
+    """
+    kind = rng.integers(0, 3, n)
+    baseline = np.where(kind == 0, 0.0, np.where(kind == 1, 1.0, rng.beta(2, 2, n)))
+    moved = np.where(rng.random(n) < 0.3, rng.permutation(rng.beta(2, 2, n)) - 0.5, 0.0)
+    moved = moved * np.minimum(baseline, 1 - baseline) * 2  # zero on average, and within [0, 1]
+    current = (baseline + moved) * (rng.random(n) >= lost)
+    return baseline.astype(np.float32), current.astype(np.float32)
+
+
+def read_shares(rng: np.random.Generator, n: int, lost: float) -> Any:
+    baseline, current = shares(rng, n, lost=lost)
+    one = accuracy(scorer=Scorer.TOKEN_F1, chance=0.0)
+    return read_report(POLICY, [replace(one, baseline=baseline, current=current)])
+
+
+@pytest.mark.parametrize(
+    ("lost", "verdict", "at_least", "at_most"),
+    [
+        (0.0, Verdict.REGRESS, 0.0, 0.01),
+        (0.03, Verdict.REGRESS, 0.0, 0.07),  # at the limit itself: 5 %, and three standard errors
+        (0.03, Verdict.PASS, 0.0, 0.07),
+        (0.10, Verdict.REGRESS, 0.95, 1.0),
+        (0.0, Verdict.PASS, 0.95, 1.0),
+    ],
+)
+def test_shares_are_read_with_the_errors_that_are_promised(
+    lost, verdict, at_least, at_most
+) -> None:
+    rng = np.random.default_rng(7)
+    rate = np.mean([read_shares(rng, 1500, lost).verdict is verdict for _ in range(600)])
+    assert at_least <= rate <= at_most
+
+
+def test_unchanged_shares_have_a_width_and_no_mcnemar() -> None:
+    baseline, _ = shares(np.random.default_rng(0), 200)
+    one = replace(accuracy(scorer=Scorer.TOKEN_F1, chance=0.0), baseline=baseline, current=baseline)
+    found = read_report(POLICY, [one]).benchmarks[0]
+    assert found.drop == pytest.approx(0.0, abs=1e-7)
+    assert found.stderr is not None
+    assert found.stderr > 0
+    assert found.mcnemar_p is None
+    assert read_report(POLICY, [accuracy(lost=3)]).benchmarks[0].mcnemar_p is not None

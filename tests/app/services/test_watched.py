@@ -33,7 +33,7 @@ def test_a_required_benchmark_stays_whatever_the_job_says(stand: Stand) -> None:
     assert watched_of(stand.submit()) == {"suite@1": (1.0, None), "safety@1": (2.0, 0.02)}
     named = {"retention": {"policy": {"max_drop": 0.9, "benchmarks": [{"name": "suite"}]}}}
     assert watched_of(stand.submit(**named)) == {"suite@1": (1.0, None), "safety@1": (2.0, 0.02)}
-    none = {"retention": {"policy": {"benchmarks": []}}}
+    none: dict[str, object] = {"retention": {"policy": {"benchmarks": []}}}
     assert watched_of(stand.submit(**none)) == {"safety@1": (2.0, 0.02)}
     assert safety.version == 1
 
