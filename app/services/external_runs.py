@@ -19,7 +19,7 @@ from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, RetainErro
 from app.services.evaluations import Watch, baseline_key, row_id
 from app.services.events import add_transition
 from app.services.monitoring import refresh_power
-from app.services.watched import Watched, resolve_watched
+from app.services.watched import Watched, resolve_watched, tighten
 
 MAX_RUNNING = 1000  # a project; a run that nobody ends is followed for ever
 _POLICY_PATH = "retention.policy"  # where a job's policy stands
@@ -44,7 +44,7 @@ def register_run(session: Session, project_id: UUID, body: CreateRun) -> Job:
     policy = _policy(session, project_id, body)
     check_levers(body.levers, policy)
     watched = _watched(session, project_id, base, policy)
-    pinned = tuple(found.pinned for found in watched)
+    policy = tighten(policy, watched)
     run = Job(
         project_id=project_id,
         kind=JobKind.EXTERNAL,
@@ -61,7 +61,7 @@ def register_run(session: Session, project_id: UUID, body: CreateRun) -> Job:
     session.flush()
     spec = RunSpec(
         request=body,
-        policy=policy.model_copy(update={"benchmarks": pinned}),
+        policy=policy,
         benchmarks=tuple(_plan(found) for found in watched),
         baseline_key=_baseline_key(session, run, base, body),
     )

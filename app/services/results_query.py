@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from app.db.models import BaseModel, Evaluation, Job
 from app.db.repositories.benchmarks import BenchmarkRepository
 from app.db.repositories.catalog import CatalogRepository
+from app.db.repositories.external_runs import ExternalRunRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.db.repositories.registry import RegistryRepository
 from app.db.repositories.results import ResultFilter, ResultRepository
@@ -104,6 +105,11 @@ def _find_subject(
         key = parse_id("job", subject_id, param="subject_id")
         job: Job = ProjectJobRepository(session).get(project_id, key)
         return "fine_tuning.job", (str(job.id),)
+    if subject_id.startswith(PREFIXES["run"]):
+        run = ExternalRunRepository(session).get(
+            project_id, parse_id("run", subject_id, param="subject_id")
+        )
+        return "external_run", (f"run/{run.id}",)
     base: BaseModel | None = CatalogRepository(session).find_model(subject_id)
     if base is not None:
         return "base_model", (f"{base.sha256}/own", f"{base.sha256}/plain")
@@ -114,6 +120,8 @@ def _find_subject(
 def _subject_id(row: Evaluation, bases: dict[str, str]) -> str:
     if row.subject_type == "fine_tuning.job":
         return public_id("job", UUID(row.subject_key))
+    if row.subject_type == "external_run":
+        return public_id("run", UUID(row.subject_key.removeprefix("run/")))
     if row.subject_type == "base_model":
         sha256 = row.subject_key.partition("/")[0]
         return bases.get(sha256, sha256)

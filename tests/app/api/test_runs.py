@@ -8,6 +8,7 @@ from sqlalchemy import func, select
 from app.db.models import BaseModel, DecisionRow, Evaluation, Job, WebhookEvent
 from app.domain.scopes import Scope
 from app.services.monitoring import replay_decision
+from app.services.watched import require_benchmark
 from tests.app.api.conftest import Api
 from tests.external import point, registration, scores, store_benchmark
 from tests.factories import make_project
@@ -247,6 +248,29 @@ def test_decisions_are_read_from_a_cursor_and_acknowledged(api: Api, run: str) -
     assert again[1]["evidence"]["look"]["step"] == 200
     nothing = api.client.post(f"{run}/decisions/{first['id']}/acknowledge", json={"step": 1})
     assert refused(nothing) == (409, "decision_id", "nothing_to_acknowledge")
+
+
+def test_a_runs_scores_are_read_back_as_other_results_are(api: Api, run: str) -> None:
+    evaluate(api, run, 10, 42)
+    name = run.rpartition("/")[2]
+    query = {"subject_id": name, "include": "items"}
+    found = api.client.get("/v1/benchmark_results", params=query).json()["data"]
+    assert [(row["purpose"], row["step"]) for row in found] == [("gate", 10), ("baseline", 0)]
+    assert all(row["subject"] == {"type": "external_run", "id": name} for row in found)
+    assert len(found[0]["items"]) == 1000
+    assert len(api.client.get("/v1/benchmark_results").json()["data"]) == 2
+    rival = api.client_of(make_project(api.session))
+    assert rival.get("/v1/benchmark_results", params=query).status_code == 404
+    assert rival.get("/v1/benchmark_results").json()["data"] == []
+
+
+def test_what_the_project_requires_is_watched_by_its_runs_too(api: Api, benchmark: Any) -> None:
+    store_benchmark(api.session, api.storage, api.project, "safety")
+    require_benchmark(api.session, api.project.id, "safety", weight=2.0, limit=0.02)
+    api.session.commit()
+    made = register(api).json()
+    names = {row["name"]: row["max_drop"] for row in made["policy"]["benchmarks"]}
+    assert names == {"general@1": None, "safety@1": 0.02}
 
 
 def test_a_finished_run_keeps_its_last_reading_and_takes_no_more(api: Api, run: str) -> None:
