@@ -50,7 +50,7 @@ def import_task(
     Raises:
         BadRequest: There is no such task, it is of a kind that has no items here, or its metric has no equal.
     """
-    tasks = _load(name, include_path)
+    tasks = load_tasks(name, include_path)
     chosen = {_choose_scorer(task, scorer) for task in tasks}
     if len(chosen) > 1:
         raise BadRequest(f"task: the tasks of '{name}' are scored in different ways.", "task")
@@ -95,7 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _load(name: str, include_path: Path | None) -> list[Any]:
+def document_id(task: str, document: Any) -> str:  # noqa: ANN401 - whatever the data set holds
+    """The id of a task's document: it follows from its contents."""
+    return item_id({"task": task, "document": json.loads(json.dumps(document, default=str))})
+
+
+def load_tasks(name: str, include_path: Path | None) -> list[Any]:
+    """The task of this name, or those of the group; nothing is downloaded.
+
+    Raises:
+        BadRequest: There is none, its data is not here, or the harness is not installed.
+    """
     if find_spec("lm_eval") is None:
         raise BadRequest(
             "Tasks are read by lm-evaluation-harness, which is not installed here; install lm-eval.",
@@ -176,7 +186,7 @@ def _convert(task: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - an option
         seen.add(instance.doc_id)
         document = json.loads(json.dumps(instance.doc, default=str))
         item = {
-            "id": item_id({"task": name, "document": document}),
+            "id": document_id(name, instance.doc),
             "question": instance.args[0],
             "subject": str(document.get("subject") or name),
         }

@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness as items: its prompts, our scorers where they are equal, nothing from a network."""
 
+import importlib
 import json
 import sys
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ import pytest
 from app.domain.benchmarks import Scorer
 from app.domain.rows import check_items
 from app.errors import BadRequest
+from tests.workers.evaluation.cases import make_tiny
 from workers.evaluation import harness
 
 needs_harness = pytest.mark.skipif(
@@ -124,3 +126,53 @@ def test_without_the_harness_the_command_says_what_is_missing(
     assert harness.main(["exam", "--out", str(out)]) == 1
     assert "install lm-eval" in capsys.readouterr().err
     assert not out.exists()
+
+
+@needs_harness
+def test_our_answers_to_the_harness_are_those_of_its_own_transformers_model(tasks: Path) -> None:
+    oracle = importlib.import_module("lm_eval.models.huggingface")
+    runner = importlib.import_module("workers.evaluation.harness_model")
+    tiny = make_tiny()
+    theirs = oracle.HFLM(
+        pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=1, device="cpu"
+    )
+    evaluate = importlib.import_module("lm_eval.evaluator").evaluate
+    for name, metrics in (("exam", {"acc"}), ("norm", {"acc_norm"}), ("free", {"exact_match"})):
+        found = runner.score_task(tiny.model, tiny.tokenizer, name, include_path=tasks)
+        task = harness.load_tasks(name, tasks)[0]
+        wanted = evaluate(theirs, {name: task}, bootstrap_iters=0)["samples"][name]
+        assert set(found) == metrics
+        for metric in metrics:
+            assert found[metric] == {
+                harness.document_id(name, sample["doc"]): sample[metric] for sample in wanted
+            }
+    ids = {item["id"] for item in harness.import_task("exam", include_path=tasks).items}
+    assert (
+        set(runner.score_task(tiny.model, tiny.tokenizer, "exam", include_path=tasks)["acc"]) == ids
+    )
+
+
+@needs_harness
+def test_likelihoods_and_texts_are_those_of_the_harness_model() -> None:
+    oracle = importlib.import_module("lm_eval.models.huggingface")
+    instance = importlib.import_module("lm_eval.api.instance").Instance
+    runner = importlib.import_module("workers.evaluation.harness_model")
+    forward = importlib.import_module("workers.evaluation.forward")
+    tiny = make_tiny()
+    theirs = oracle.HFLM(
+        pretrained=tiny.model, tokenizer=tiny.tokenizer, batch_size=1, device="cpu"
+    )
+    ours = runner._Answers(tiny.tokenizer, 3)
+    pairs = [("apple bear", " cat"), ("dog ", "elk fox"), ("goat\nhen:", " apple apple")]
+    asked = [instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    free = [
+        instance("generate_until", {}, (context, {"until": [" "], "max_gen_toks": 8}), 0)
+        for context, _ in pairs
+    ]
+    with forward.scoring(tiny.model):
+        ours.reader = forward.Reader(tiny.model)
+        found, texts = ours.loglikelihood(asked), ours.generate_until(free)
+    wanted = theirs.loglikelihood(asked)
+    assert [each[1] for each in found] == [each[1] for each in wanted]
+    assert [each[0] for each in found] == pytest.approx([each[0] for each in wanted], rel=1e-4)
+    assert texts == theirs.generate_until(free)
