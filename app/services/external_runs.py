@@ -11,13 +11,13 @@ from app.db.repositories.external_runs import ExternalRunRepository
 from app.db.repositories.history import HistoryRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.domain.external import Acknowledge, CreateRun, FinishRun, RunSpec, check_levers
-from app.domain.identifiers import PREFIXES, parse_id, public_id
+from app.domain.identifiers import PREFIXES, parse_id
 from app.domain.policy import Policy
 from app.domain.runplan import BasePlan, BenchmarkPlan
 from app.domain.states import JobKind, JobState
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, RetainError
 from app.services.evaluations import Watch, baseline_key, row_id
-from app.services.events import add_transition
+from app.services.events import Level, add_transition
 from app.services.monitoring import refresh_power
 from app.services.watched import Watched, resolve_watched, tighten
 
@@ -25,7 +25,9 @@ MAX_RUNNING = 1000  # a project; a run that nobody ends is followed for ever
 _POLICY_PATH = "retention.policy"  # where a job's policy stands
 
 
-def register_run(session: Session, project_id: UUID, body: CreateRun) -> Job:
+def register_run(
+    session: Session, project_id: UUID, body: CreateRun, *, max_running: int = MAX_RUNNING
+) -> Job:
     """Registers a training that Retain does not execute.
 
     Raises:
@@ -34,9 +36,9 @@ def register_run(session: Session, project_id: UUID, body: CreateRun) -> Job:
         QuotaExceeded: The project has too many runs that nobody ended.
     """
     repository = ExternalRunRepository(session)
-    if repository.count_running(project_id) >= MAX_RUNNING:
+    if repository.count_running(project_id) >= max_running:
         raise QuotaExceeded(
-            f"The project has {MAX_RUNNING} running external runs; finish some.",
+            f"The project has {max_running} running external runs; finish some.",
             None,
             "too_many_runs",
         )
@@ -169,7 +171,7 @@ def finish_run(session: Session, project_id: UUID, run_id: UUID, body: FinishRun
         }
     session.flush()
     message = body.message or f"External run {state.value}."
-    level = "error" if state is JobState.FAILED else "info"
+    level: Level = "error" if state is JobState.FAILED else "info"
     add_transition(session, run, state, message, level=level, data={"code": "finished"})
     session.refresh(run)
     return run
@@ -281,8 +283,3 @@ def _check_baselines(session: Session, run: Job, watch: Watch) -> None:
                 "baseline_unknown",
             )
     refresh_power(session, run, watch)
-
-
-def public_run_id(run: Job) -> str:
-    """The id that clients see."""
-    return public_id("run", run.id)

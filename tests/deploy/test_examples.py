@@ -1,6 +1,7 @@
 """The client examples, run as they are against a server on a real port."""
 
 import importlib.util
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -121,7 +122,7 @@ class Training:
     def drift(self) -> float:
         """How far the weights are from where they began."""
         pairs = zip(self.model.parameters(), self.start, strict=True)
-        return float(sum((now.detach() - then).square().sum() for now, then in pairs)) ** 0.5
+        return math.sqrt(sum(float((now.detach() - then).square().sum()) for now, then in pairs))
 
     def score(self, _model: nn.Module) -> dict[str, dict[str, float]]:
         self.drifts.append(self.drift())
@@ -144,6 +145,7 @@ def test_the_callback_turns_scales_and_restores_a_real_trainer(server, tmp_path)
     assert first["instructions"][0] == {"type": "roll_back", "step": 0, "branch": 1}
     assert first["acknowledged_step"] == 1
     assert training.strengths["l2"] == made[-1]["after"]["strengths"]["l2"] > 0.5
+    assert training.trainer.optimizer is not None
     rate = 2e-3 * made[-1]["after"]["learning_rate_scale"]
     assert rate < 2e-3
     assert training.trainer.optimizer.param_groups[0]["lr"] == pytest.approx(rate)

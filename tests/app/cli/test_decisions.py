@@ -26,8 +26,8 @@ def surroundings(
         with httpx.Client(base_url=f"{url}/v1", headers=head, timeout=30) as client:
             run = f"/runs/{client.post('/runs', json=registration()).json()['id']}"
             client.post(f"{run}/baseline", json={"scores": [scores()]})
-            for step, lost in ((10, 0), (20, 42)):
-                made = client.post(f"{run}/evaluations", json=point(step, lost)).json()
+            client.post(f"{run}/evaluations", json=point(10))
+            made = client.post(f"{run}/evaluations", json=point(20, 42)).json()
             body = {"action": "keep_training", "reason": "wait"}
             client.post(f"{run}/decisions/{made['id']}/override", json=body)
             rows = client.get(f"{run}/decisions").json()["data"]
