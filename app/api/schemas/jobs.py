@@ -246,8 +246,9 @@ def _show_error(error: dict[str, Any]) -> JobError:
 
 
 def _show_retention(job: Job, spec: JobSpec) -> ShownRetention | None:
-    if spec.request.retention is None:
+    if spec.is_unwatched_by_wish:
         return None
+    asked = spec.request.retention  # None: off, and watched all the same as the project requires it
     general = job.general_file_id
     return ShownRetention(
         strategies=list(spec.strategies),
@@ -255,7 +256,7 @@ def _show_retention(job: Job, spec: JobSpec) -> ShownRetention | None:
         # The base model's own general data is the operator's file, which no project may name.
         general_data=(
             None
-            if spec.request.retention.general_data is None or general is None
+            if asked is None or asked.general_data is None or general is None
             else public_id("file", general)
         ),
     )

@@ -83,7 +83,11 @@ def test_what_is_not_watched_is_not_compared(api: Api, exam: str) -> None:
     assert overlaps(api.submit(training_file=bad, retention=None)) == []
     require_benchmark(api.session, api.project.id, "exam")
     api.session.commit()
-    assert len(overlaps(api.submit(training_file=bad, retention=None))) == 1
+    answer = api.submit(training_file=bad, retention=None)
+    assert len(overlaps(answer)) == 1
+    shown = answer.json()["retention"]
+    assert shown["strategies"] == []
+    assert [each["name"] for each in shown["policy"]["benchmarks"]] == ["exam@1"]
 
 
 def test_a_big_file_is_compared_up_to_the_cap_and_that_is_said(api: Api, exam: str) -> None:
