@@ -12,10 +12,24 @@ from app.domain.decisions import (
     Reading,
     Verdict,
 )
-from app.domain.levers import turn_up, with_strength
+from app.domain.dual import (
+    find_turn,
+    is_futile,
+    observe,
+    raised_by_law,
+    rested,
+    worst_excess,
+)
+from app.domain.levers import next_activation, turn_up, with_strength
 from app.domain.policy import Policy
 from app.domain.proposals import mark_proposal
 from app.domain.staging import cross_stages
+from app.domain.stopping import (
+    count_improvement,
+    describe_exhaustion,
+    is_exhausted,
+    rewind_metric,
+)
 from app.domain.wording import describe_reading, number_text
 
 
@@ -26,8 +40,9 @@ def decide(
 
     The ladder of a confirmed regression is repair, raise (twice at most), learning rate, rollback, stop;
     a severe one or a value that is not finite starts at the rollback, and so does the last evaluation
-    of a stage, after which no softer rung could show its effect. Nothing else changes a coefficient but a pass with
-    room to spare, which lowers a raised strength. Equal arguments give equal decisions.
+    of a stage, after which no softer rung could show its effect. Nothing else changes a coefficient but, under
+    `deadband`, a pass with room to spare, which lowers a raised strength, and under `dual` its law, by estimates.
+    Equal arguments give equal decisions.
 
     Args:
         policy: Limits, ladder and patience of the job.
@@ -54,6 +69,8 @@ def _decide(
             "The loss or a score is not a finite number",
             (),
         )
+    if policy.controller == "dual":
+        state = observe(policy.dual, state, reading)
     if reading.verdict is Verdict.REGRESS:
         return _climb(policy, levers, state, look)
     return _settle(policy, levers, state, look)
@@ -62,49 +79,75 @@ def _decide(
 def _settle(
     policy: Policy, levers: Sequence[LeverState], state: ControllerState, look: Look
 ) -> Decision:
-    """Keep, lower a raised strength, or stop early."""
+    """Keep, turn a strength without a confirmed regression, or stop early."""
     passed = look.reading.verdict is Verdict.PASS
     was_cooling = state.cool_down > 0
-    state = _count_validation(policy, state, look)
+    state = count_improvement(policy, state, look)
     update: dict[str, int | bool | float | None] = {"cool_down": max(state.cool_down - 1, 0)}
     if passed:
         update |= {"raises_in_a_row": 0, "repaired": False, "excess_before_raise": None}
     state = state.model_copy(update=update)
-    stopping = policy.early_stopping
-    may_stop = stopping.enabled and look.is_in_last_stage
-    if may_stop and state.evals_without_improvement >= stopping.patience:
+    if look.is_in_last_stage and is_exhausted(policy, state):
         return Decision(
             action=Action.STOP,
-            reason=(
-                f"Validation cross-entropy has not improved on {number_text(state.best_valid_loss)} "
-                f"for {state.evals_without_improvement} evaluations. {describe_reading(look.reading)}"
-            ),
+            reason=f"{describe_exhaustion(policy, state)} {describe_reading(look.reading)}",
             code="early_stopping",
             state=state,
         )
-    if passed and not look.is_gate and not was_cooling and _has_room(policy, look.reading):
-        lowered = _lower(policy, levers, state, look.reading)
-        if lowered is not None:
-            return lowered
+    if not look.is_gate:
+        turned = (
+            _follow_law(policy, levers, state, look.reading, was_cooling=was_cooling)
+            if policy.controller == "dual"
+            else _use_room(policy, levers, state, look.reading, was_cooling=was_cooling)
+        )
+        if turned is not None:
+            return turned
     code = "within_limit" if passed else str(look.reading.verdict)
     return Decision(
         action=Action.KEEP, reason=describe_reading(look.reading), code=code, state=state
     )
 
 
-def _count_validation(policy: Policy, state: ControllerState, look: Look) -> ControllerState:
-    """The early-stopping counter after this evaluation; one without a validation loss doesn't count."""
-    loss = look.valid_loss
-    if loss is None:
-        return state
-    best = state.best_valid_loss
-    if best is None or loss < best - policy.early_stopping.min_delta:
-        return state.model_copy(update={"best_valid_loss": loss, "evals_without_improvement": 0})
-    if state.evals <= policy.early_stopping.warmup_evals:
-        return state
-    return state.model_copy(
-        update={"evals_without_improvement": state.evals_without_improvement + 1}
+def _follow_law(
+    policy: Policy,
+    levers: Sequence[LeverState],
+    state: ControllerState,
+    reading: Reading,
+    *,
+    was_cooling: bool,
+) -> Decision | None:
+    """What the law of `dual` turns; it lowers nothing while a change before it still settles."""
+    turn = find_turn(policy.dual, levers, state, reading)
+    if turn is None or (was_cooling and turn.after < turn.before):
+        return None
+    is_raise = turn.after > turn.before
+    counted = raised_by_law(state, turn, reading) if is_raise else state
+    return Decision(
+        action=Action.RAISE_STRENGTH if is_raise else Action.LOWER_STRENGTH,
+        reason=(
+            f"{describe_reading(reading)} By its estimate, smoothed to"
+            f" {number_text(1.0 + (state.excess_smoothed or 0.0))} times the limit: {turn.lever.strategy}"
+            f" strength {number_text(turn.before)} -> {number_text(turn.after)}."
+        ),
+        code="law_raised" if is_raise else "law_lowered",
+        state=with_strength(counted, turn.lever.strategy, turn.after),
+        lever=turn.lever.strategy,
+        alternatives=("keep",),
     )
+
+
+def _use_room(
+    policy: Policy,
+    levers: Sequence[LeverState],
+    state: ControllerState,
+    reading: Reading,
+    *,
+    was_cooling: bool,
+) -> Decision | None:
+    """Under `deadband` a pass with room to spare lowers a raised strength."""
+    if was_cooling or reading.verdict is not Verdict.PASS or not _has_room(policy, reading):
+        return None
+    return _lower(policy, levers, state, reading)
 
 
 def _has_room(policy: Policy, reading: Reading) -> bool:
@@ -154,42 +197,68 @@ def _climb(
         what += f" No {left} is left in which a softer step could show its effect."
         return _roll_back(policy, levers, state, look, "drop_confirmed", what, ())
     if ladder.repair and look.repair_possible and not state.repaired:
-        return Decision(
-            action=Action.REPAIR,
-            reason=f"{what} Scaling the change back toward the base.",
-            code="drop_confirmed",
-            state=_changed(policy, state.model_copy(update={"repaired": True})),
-            alternatives=("raise_strength", "roll_back"),
-        )
+        return _repair(policy, levers, state, what)
     passed_over.append(f"repair: {_why_no_repair(policy, state)}")
-    if state.raises_in_a_row < ladder.max_raises:
+    futile = policy.controller == "dual" and is_futile(policy.dual, state, look.reading)
+    if state.raises_in_a_row < ladder.max_raises and not futile:
         return _raise(policy, levers, state, look, tuple(passed_over))
-    passed_over.append(f"raise_strength: done {state.raises_in_a_row} times in a row")
-    previous, excess = state.excess_before_raise, _excess(look.reading)
-    if (
-        levers
-        and state.raises_in_a_row
-        and previous is not None
-        and excess >= previous
-        and not state.learning_rate_lowered
-    ):
-        scale = state.learning_rate_scale * ladder.learning_rate_factor
-        return Decision(
-            action=Action.LOWER_LEARNING_RATE,
-            reason=(
-                f"{what} The last raise did not shrink it ({number_text(previous)} -> {number_text(excess)} "
-                f"times the limit): learning rate x{number_text(ladder.learning_rate_factor)}."
-            ),
-            code="raise_without_effect",
-            state=_changed(
-                policy,
-                state.model_copy(
-                    update={"learning_rate_scale": scale, "learning_rate_lowered": True}
-                ),
-            ),
-            alternatives=(*passed_over, "roll_back"),
-        )
+    passed_over.append(
+        f"raise_strength: x{number_text(state.law_factor)} by the law had no effect"
+        if futile
+        else f"raise_strength: done {state.raises_in_a_row} times in a row"
+    )
+    previous = state.law_excess if futile else state.excess_before_raise
+    slower = _slow_down(policy, levers, state, look, previous, tuple(passed_over))
+    if slower is not None:
+        return slower
     return _roll_back(policy, levers, state, look, "drop_confirmed", what, tuple(passed_over))
+
+
+def _repair(
+    policy: Policy, levers: Sequence[LeverState], state: ControllerState, what: str
+) -> Decision:
+    """Back toward the base; where an armed strategy comes next it is activated with it, or the drop would return."""
+    state = _changed(policy, rested(state).model_copy(update={"repaired": True}))
+    activation = next_activation(levers, state, policy.ladder.raise_factor)
+    how = "Scaling the change back toward the base"
+    if activation is not None:
+        lever, strength, clause = activation
+        state = with_strength(state, lever.strategy, strength)
+        how += f"; {clause}"
+    return Decision(
+        action=Action.REPAIR,
+        reason=f"{what} {how}.",
+        code="drop_confirmed",
+        state=state,
+        lever=None if activation is None else activation[0].strategy,
+        alternatives=("raise_strength", "roll_back"),
+    )
+
+
+def _slow_down(
+    policy: Policy,
+    levers: Sequence[LeverState],
+    state: ControllerState,
+    look: Look,
+    previous: float | None,
+    passed_over: tuple[str, ...],
+) -> Decision | None:
+    """The learning rate down, once in a job, when raises did not shrink the drop from `previous` limits."""
+    excess, factor = worst_excess(look.reading) or 0.0, policy.ladder.learning_rate_factor
+    if not levers or previous is None or excess < previous or state.learning_rate_lowered:
+        return None
+    scale = state.learning_rate_scale * factor
+    lowered = state.model_copy(update={"learning_rate_scale": scale, "learning_rate_lowered": True})
+    return Decision(
+        action=Action.LOWER_LEARNING_RATE,
+        reason=(
+            f"{describe_reading(look.reading)} The last raise did not shrink it ({number_text(previous)} ->"
+            f" {number_text(excess)} times the limit): learning rate x{number_text(factor)}."
+        ),
+        code="raise_without_effect",
+        state=_changed(policy, lowered),
+        alternatives=(*passed_over, "roll_back"),
+    )
 
 
 def _why_no_repair(policy: Policy, state: ControllerState) -> str:
@@ -212,7 +281,7 @@ def _raise(
         state.model_copy(
             update={
                 "raises_in_a_row": state.raises_in_a_row + 1,
-                "excess_before_raise": _excess(look.reading),
+                "excess_before_raise": worst_excess(look.reading) or 0.0,
             }
         ),
     )
@@ -264,11 +333,7 @@ def _roll_back(
             state=state.model_copy(update={"could_not_hold": True}),
             alternatives=(*passed_over, f"roll_back: {why}"),
         )
-    kept = [
-        c.valid_loss
-        for c in look.checkpoints
-        if c.status != "bad" and 0 < c.step <= target.step and c.valid_loss is not None
-    ]
+    state = rewind_metric(rested(state), look.checkpoints, target.step)
     state = _changed(policy, state).model_copy(
         update={
             "branch": look.branch + 1,
@@ -277,7 +342,6 @@ def _roll_back(
             "excess_before_raise": None,
             "repaired": False,
             "learning_rate_scale": state.learning_rate_scale * ladder.rollback_learning_rate_factor,
-            "best_valid_loss": min(kept, default=None),
         }
     )
     turned = turn_up(levers, state, ladder.rollback_strength_factor)
@@ -318,14 +382,3 @@ def _changed(policy: Policy, state: ControllerState) -> ControllerState:
     return state.model_copy(
         update={"evals_without_improvement": 0, "cool_down": policy.ladder.cool_down_evals}
     )
-
-
-def _excess(reading: Reading) -> float:
-    """The worst estimate as a multiple of its limit."""
-    ratios = [
-        drop / limit
-        for drop, limit in [(reading.drop, reading.limit)]
-        + [(b.drop, b.limit) for b in reading.benchmarks]
-        if drop is not None and limit is not None
-    ]
-    return max(ratios, default=0.0)

@@ -116,6 +116,11 @@ class ControllerState(Frozen):
     best_valid_loss: float | None = None
     evals_without_improvement: int = 0
     evals: int = 0
+    best_scores: tuple[tuple[int, float], ...] = ()  # (step, value) where the benchmark that early
+    # stopping watches became better than ever; a rollback drops those after its target
+    excess_smoothed: float | None = None  # dual: of drop / limit - 1, the worst, held within a step
+    law_factor: float = 1.0  # dual: strength gained in a row on estimates alone
+    law_excess: float | None = None  # dual: the worst drop / limit when that row began
 
 
 class CheckpointFact(Frozen):
@@ -137,6 +142,14 @@ class StageFact(Frozen):
     strengths: dict[str, float]
 
 
+class MetricFact(Frozen):
+    """Of a benchmark that early stopping watches: its value at one evaluation point."""
+
+    name: str
+    value: float
+    higher_is_better: bool
+
+
 class Look(Frozen):
     """The evidence of one evaluation point."""
 
@@ -145,6 +158,9 @@ class Look(Frozen):
     is_last: bool
     reading: Reading
     valid_loss: float | None
+    metric: MetricFact | None = (
+        None  # None: early stopping watches the validation loss, or no value
+    )
     train_loss_finite: bool = True
     repair_possible: bool = True
     checkpoints: tuple[CheckpointFact, ...] = ()

@@ -89,6 +89,14 @@ def turn_up(
     return None
 
 
+def next_activation(
+    levers: Sequence[LeverState], state: ControllerState, factor: float
+) -> tuple[LeverState, float, str] | None:
+    """What `turn_up` would do, where that is to activate an armed strategy."""
+    turned = turn_up(levers, state, factor)
+    return turned if turned is not None and state.strengths[turned[0].strategy] == 0 else None
+
+
 def with_strength(state: ControllerState, strategy: str, strength: float) -> ControllerState:
     """The state with one strength set."""
     return state.model_copy(update={"strengths": {**state.strengths, strategy: strength}})

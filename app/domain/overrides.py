@@ -221,6 +221,7 @@ def _roll_back(
             "excess_before_raise": None,
             "repaired": False,
             "best_valid_loss": min(kept, default=None),
+            "best_scores": tuple(best for best in state.best_scores if best[0] <= target.step),
         }
     )
     return Decision(

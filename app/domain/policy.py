@@ -1,6 +1,6 @@
 """The retention policy: what is watched, how large a drop is tolerated, how to react."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,10 +26,18 @@ class WatchedBenchmark(Frozen):
         return self
 
 
+VALID_LOSS: Final = "valid_loss"
+
+
 class EarlyStopping(Frozen):
-    """Stops when validation cross-entropy has not improved for `patience` evaluations."""
+    """Stops when `metric` has not improved for `patience` evaluations.
+
+    `metric` is the validation cross-entropy, or a benchmark that the job watches; which way is better follows
+    from its scorer. Which checkpoint is published does not depend on it.
+    """
 
     enabled: bool = True
+    metric: str = Field(default=VALID_LOSS, min_length=1, max_length=140)
     patience: int = Field(default=5, ge=1, le=1000)
     min_delta: float = Field(default=0.0, ge=0)
     warmup_evals: int = Field(default=1, ge=0)
@@ -57,6 +65,23 @@ class Ladder(Frozen):
     )  # evaluations after a change before a strength may be lowered
 
 
+class Dual(Frozen):
+    """The law of the `dual` controller: log strength moves by `kappa` times the smoothed (drop / limit - 1)."""
+
+    kappa: float = Field(default=0.5, gt=0, le=10)
+    smoothing: float = Field(default=0.5, gt=0, le=1)  # weight of the newest evaluation
+    max_factor: float = Field(default=2.0, gt=1, le=1000)  # of one evaluation, either way
+    deadzone: float = Field(
+        default=1 / 3, ge=0, lt=1
+    )  # share under the limit where nothing is lowered
+    floor: float = Field(
+        default=1.0, ge=0, le=1
+    )  # lowest strength, as a share of the one asked for
+    futile_factor: float = Field(
+        default=8.0, gt=1, le=1e6
+    )  # strength gained on estimates alone, without effect, after which it is held
+
+
 class Policy(Frozen):
     """How a job's general ability is guarded."""
 
@@ -72,7 +97,8 @@ class Policy(Frozen):
     eval_budget: float = Field(
         default=0.1, gt=0, le=10
     )  # evaluation time as a share of training time
-    controller: Literal["deadband"] = "deadband"
+    controller: Literal["deadband", "dual"] = "deadband"
+    dual: Dual = Dual()  # of the controller `dual` alone
     lever: str | None = None  # type of the strategy that is turned; None: by rank
     ladder: Ladder = Ladder()
     early_stopping: EarlyStopping = EarlyStopping()

@@ -148,7 +148,12 @@ def _carry(
         for kind, strength in state.strengths.items()
     }
     return state.model_copy(
-        update={"strengths": strengths, "best_valid_loss": None, "evals_without_improvement": 0}
+        update={
+            "strengths": strengths,
+            "best_valid_loss": None,
+            "best_scores": (),
+            "evals_without_improvement": 0,
+        }
     )
 
 
