@@ -61,6 +61,10 @@ class Method:
     group: Group = "strategy"
     general_rows: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Plain dictionaries, which travel to other processes."""
+        object.__setattr__(self, "strategies", tuple(dict(given) for given in self.strategies))
+
     def kinds(self) -> tuple[str, ...]:
         """Types of its strategies."""
         return tuple(str(config["type"]) for config in self.strategies)
