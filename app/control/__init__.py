@@ -1,1 +1,1 @@
-"""Plain loops on Postgres: reconciler, outbox relay and webhook sender; `python -m app.control`."""
+"""Plain loops on Postgres: reconciler, outbox relay, webhook sender and monitor scheduler; `python -m app.control`."""

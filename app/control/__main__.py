@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
-from app.control import outbox, reconciler, webhook_sender
+from app.control import monitors, outbox, reconciler, webhook_sender
 from app.db.session import SessionFactory, build_engine, build_session_factory
 from app.errors import Unavailable
 from app.services.logs import configure_logging
@@ -18,6 +18,7 @@ Loop = Callable[[SessionFactory, Settings, threading.Event], None]
 LOOPS: dict[str, Loop] = {
     "reconciler": reconciler.run,
     "outbox": outbox.run,
+    "monitors": monitors.run,
     "webhook_sender": webhook_sender.run,
 }
 FIRST_BACKOFF_SECONDS = 1.0

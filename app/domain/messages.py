@@ -174,6 +174,16 @@ class ExportFinished(Frozen):
     report: tuple[BenchmarkScores, ...]
 
 
+class EvaluationFinished(Frozen):
+    """An evaluation job's scores, of report items. Answered by `ack`."""
+
+    type: Literal["evaluation_finished"] = "evaluation_finished"
+    id: int
+    scores: tuple[BenchmarkScores, ...]
+    baseline: tuple[BenchmarkScores, ...]  # of the base model, new ones alone
+    seconds: dict[str, float]  # by phase
+
+
 class Failed(Frozen):
     """The run cannot go on, and trying again would not help. Answered by `ack`."""
 
@@ -205,6 +215,7 @@ Upward = Annotated[
     | OrderApplied
     | Finished
     | ExportFinished
+    | EvaluationFinished
     | Failed
     | Stopped,
     Field(discriminator="type"),

@@ -106,6 +106,14 @@ class MonitorSettings(Frozen):
         )
 
 
+class EvaluationSpec(Frozen):
+    """What an evaluation job does: scores what an alias points at on what its monitor watches."""
+
+    monitor_id: str  # public id
+    model_version_id: str  # uuid, 32 hex digits
+    benchmarks: tuple[MonitoredBenchmark, ...]
+
+
 class MonitorOutcome(Frozen):
     """What one monitor made of results, and what it did."""
 

@@ -117,3 +117,19 @@ class ExportPlan(Frozen):
     threads: int = 1
     scratch_directory: str
     cache_directory: str
+
+
+class EvaluationPlan(Frozen):
+    """A published version, and its base where no baseline is cached, scored on the report items."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    job_id: str
+    attempt: int
+    base: BasePlan
+    artifact_directory: str
+    artifact_kind: Literal["adapter", "full"]
+    training: ResolvedTraining  # of the job that made it: precision, and rows of a forward
+    benchmarks: tuple[BenchmarkPlan, ...]
+    threads: int = 1
+    scratch_directory: str
+    cache_directory: str

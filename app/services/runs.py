@@ -17,6 +17,7 @@ from app.domain.messages import Carry, DecisionReply
 from app.domain.runplan import (
     BasePlan,
     BenchmarkPlan,
+    EvaluationPlan,
     ExportPlan,
     ResumePoint,
     RowsPlan,
@@ -63,7 +64,7 @@ class SavedState:
 class Prepared:
     """A plan, and what has to lie where it says before the trainer starts."""
 
-    plan: RunPlan | ExportPlan
+    plan: RunPlan | ExportPlan | EvaluationPlan
     inputs: tuple[Input, ...]
     state: SavedState | None  # what is resumed from, or exported
     order_version: int  # of the last outside order that the plan knows
@@ -112,9 +113,7 @@ def prepare_run(session: Session, job_id: UUID, attempt: int, settings: Settings
         case JobKind.EXPORT:
             return build_export_plan(session, job, settings, scratch)
         case JobKind.EVALUATION:
-            raise TrainingFailed(
-                "This server has no worker for evaluation jobs.", code="unsupported_kind"
-            )
+            raise TrainingFailed("An evaluation is planned elsewhere.", code="unsupported_kind")
         case JobKind.EXTERNAL:
             raise TrainingFailed("An external run is trained elsewhere.", code="unsupported_kind")
 
@@ -123,8 +122,8 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
     """A fine-tuning attempt; what an earlier attempt settled (interval, items, threads, ranks) stays."""
     spec = JobSpec.model_validate(job.spec)
     earlier = job.run_plan or {}
-    base, base_input = _base(session, job, scratch)
-    inputs = [base_input]
+    base, base_files = base_input(session, job, scratch)
+    inputs = [base_files]
     rows = {
         name: _rows(session, file_id, name, scratch, inputs)
         for name, file_id in (
@@ -167,7 +166,7 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
         cache_directory=str(scratch.cache),
         resume=None if checkpoint is None else _resume(session, job, checkpoint, scratch),
     )
-    job.run_plan = _without_baselines(plan.model_dump(mode="json"))
+    job.run_plan = without_baselines(plan.model_dump(mode="json"))
     session.flush()
     return Prepared(plan, tuple(inputs), _state(checkpoint, scratch), job.order_version)
 
@@ -179,8 +178,8 @@ def build_export_plan(session: Session, job: Job, settings: Settings, scratch: S
     checkpoint = session.get_one(Checkpoint, parse_id("checkpoint", spec.checkpoint_id))
     if checkpoint.deleted_at is not None or checkpoint.corrupt:
         raise TrainingFailed("The checkpoint to export is gone.", code="no_valid_checkpoint")
-    base, base_input = _base(session, job, scratch)
-    inputs = [base_input]
+    base, base_files = base_input(session, job, scratch)
+    inputs = [base_files]
     source_spec = JobSpec.model_validate(source.spec)
     plan = ExportPlan(
         job_id=public_id("export", job.id),
@@ -196,7 +195,7 @@ def build_export_plan(session: Session, job: Job, settings: Settings, scratch: S
         scratch_directory=str(scratch.directory),
         cache_directory=str(scratch.cache),
     )
-    job.run_plan = _without_baselines(plan.model_dump(mode="json"))
+    job.run_plan = without_baselines(plan.model_dump(mode="json"))
     session.flush()
     return Prepared(plan, tuple(inputs), _state(checkpoint, scratch), job.order_version)
 
@@ -216,7 +215,8 @@ def find_state(session: Session, path: str, scratch: Scratch) -> SavedState | No
     return _state(CheckpointRepository(session).find_path(scratch.job_id, path), scratch)
 
 
-def _base(session: Session, job: Job, scratch: Scratch) -> tuple[BasePlan, Input]:
+def base_input(session: Session, job: Job, scratch: Scratch) -> tuple[BasePlan, Input]:
+    """The job's base model, as its plan names it and as it is brought."""
     row = session.get_one(BaseModel, job.base_model_id)
     local = scratch.input(row.sha256)
     plan = BasePlan(
@@ -295,12 +295,13 @@ def _benchmarks(
     if spec.policy is None:
         return ()
     watched = resolve_pinned(session, job.project_id, spec.policy.benchmarks or ())
-    return tuple(_benchmark(session, found, base, scratch, inputs) for found in watched)
+    return tuple(benchmark_input(session, found, base, scratch, inputs) for found in watched)
 
 
-def _benchmark(
+def benchmark_input(
     session: Session, found: Watched, base: BasePlan, scratch: Scratch, inputs: list[Input]
 ) -> BenchmarkPlan:
+    """A benchmark with the baseline that is known; its file joins the inputs."""
     version = found.benchmark.version
     file = _file(session, version.file_id, "retention.policy.benchmarks", scratch, inputs)
     baseline = find_baseline(session, base, version.id)
@@ -361,7 +362,7 @@ def _state(checkpoint: Checkpoint | None, scratch: Scratch) -> SavedState | None
     )
 
 
-def _without_baselines(plan: dict[str, Any]) -> dict[str, Any]:
+def without_baselines(plan: dict[str, Any]) -> dict[str, Any]:
     """The plan as it is kept: baselines lie with the evaluations, and can be megabytes."""
     empty = {"baseline_scores": None, "baseline_tokens": None}
     return plan | {"benchmarks": [benchmark | empty for benchmark in plan["benchmarks"]]}

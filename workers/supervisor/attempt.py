@@ -15,7 +15,8 @@ from app.domain.messages import EXIT_CUDA, EXIT_FAILED, OrderMessage, StopMessag
 from app.domain.runplan import RunPlan
 from app.domain.states import JobState, StopRequest
 from app.errors import Fenced, NotFound, TrainingFailed, Unavailable
-from app.services.runs import Prepared, Scratch, prepare_run
+from app.services.evaluation_jobs import prepare_attempt
+from app.services.runs import Prepared, Scratch
 from app.services.storage import Storage
 from app.settings import Settings
 from workers.supervisor.channel import BrokenTalk, Channel
@@ -148,7 +149,7 @@ class Attempt:
             return prepared
 
     def _plan(self, session: Session) -> Prepared:
-        return prepare_run(session, self.holding.job_id, self.holding.attempt, self._settings)
+        return prepare_attempt(session, self.holding.job_id, self.holding.attempt, self._settings)
 
     def _start(self, prepared: Prepared, channel: Channel) -> TrainerProcess:
         plan = prepared.plan

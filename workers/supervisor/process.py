@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import app
-from app.domain.runplan import ExportPlan, RunPlan
+from app.domain.runplan import EvaluationPlan, ExportPlan, RunPlan
 from app.embedded.processes import Identity, launch_line
 from workers.supervisor.slots import Slot
 
@@ -41,7 +41,7 @@ class TrainerProcess:
 
     def __init__(
         self,
-        plan: RunPlan | ExportPlan,
+        plan: RunPlan | ExportPlan | EvaluationPlan,
         plan_path: Path,
         socket_path: str,
         slots: Sequence[Slot],
@@ -98,7 +98,7 @@ class TrainerProcess:
         return next((line for line in reversed(lines) if line), "")[:300]
 
 
-def trainer_command(plan: RunPlan | ExportPlan) -> list[str]:
+def trainer_command(plan: RunPlan | ExportPlan | EvaluationPlan) -> list[str]:
     """The interpreter on the trainer; under torchrun from two ranks on."""
     ranks = plan.num_processes if isinstance(plan, RunPlan) else 1
     if ranks == 1:

@@ -18,6 +18,7 @@ from app.domain.messages import (
     DecisionReply,
     Downward,
     Evaluated,
+    EvaluationFinished,
     ExportFinished,
     Failed,
     Finished,
@@ -40,6 +41,7 @@ from app.services.checkpoints import (
     mark_corrupt,
     register_checkpoint,
 )
+from app.services.evaluation_jobs import finish_evaluation
 from app.services.monitoring import record_baseline
 from app.services.runs import SavedState, Scratch, find_state
 from app.services.storage import Storage
@@ -115,10 +117,8 @@ class Recorder:
                 answer = self._evaluated(message)
             case BaselineMeasured() | Planned() | Repaired():
                 self._ledger.write(partial(self._record, message=message))
-            case Finished():
-                self._finish(message)
-            case ExportFinished():
-                self._finish_export(message)
+            case Finished() | ExportFinished() | EvaluationFinished():
+                self._conclude(message)
             case Failed():
                 self._failed(message)
             case Stopped():
@@ -299,6 +299,15 @@ class Recorder:
             local = self._local.pop(path, None)
             if local is not None:
                 shutil.rmtree(local, ignore_errors=True)
+
+    def _conclude(self, message: Finished | ExportFinished | EvaluationFinished) -> None:
+        match message:
+            case Finished():
+                self._finish(message)
+            case ExportFinished():
+                self._finish_export(message)
+            case EvaluationFinished():
+                self._end(partial(finish_evaluation, message=message), {JobState.SUCCEEDED})
 
     def _finish(self, message: Finished) -> None:
         artifact = result = None

@@ -17,14 +17,15 @@ from app.domain.messages import (
     EXIT_RELEASED,
     Failed,
 )
-from app.domain.runplan import ExportPlan, RunPlan
+from app.domain.runplan import EvaluationPlan, ExportPlan, RunPlan
 from app.errors import TrainingFailed
 from workers.training.process import die_with_parent, prepare_environment
 
 if TYPE_CHECKING:
     from workers.training.conversation import Conversation
 
-PLANS: TypeAdapter[RunPlan | ExportPlan] = TypeAdapter(RunPlan | ExportPlan)
+Plan = RunPlan | ExportPlan | EvaluationPlan
+PLANS: TypeAdapter[Plan] = TypeAdapter(Plan)
 EXIT_CRASHED = 1
 
 logger = logging.getLogger("retain.trainer")
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m workers.training.trainer",
         description="Runs one attempt of a job. Started by a worker, which it talks to in JSON lines.",
     )
-    parser.add_argument("--plan", required=True, help="file with the RunPlan or ExportPlan as JSON")
+    parser.add_argument("--plan", required=True, help="file with the plan as JSON")
     parser.add_argument("--socket", required=True, help="the supervisor's Unix socket")
     options = parser.parse_args(arguments)
     die_with_parent()
@@ -46,11 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     return run_plan(plan, options.socket)
 
 
-def run_plan(plan: RunPlan | ExportPlan, socket_path: str) -> int:
+def run_plan(plan: Plan, socket_path: str) -> int:
     """Connects to the supervisor, works, and tells how it ended."""
     import torch
 
     from workers.training.conversation import Conversation, Line
+    from workers.training.evaluating import evaluate_version
     from workers.training.exporting import export
     from workers.training.flow import fine_tune
     from workers.training.models import choose_device
@@ -65,6 +67,8 @@ def run_plan(plan: RunPlan | ExportPlan, socket_path: str) -> int:
     try:
         if isinstance(plan, ExportPlan):
             export(plan, talk, ranks, device)
+        elif isinstance(plan, EvaluationPlan):
+            evaluate_version(plan, talk, ranks, device)
         elif not fine_tune(plan, talk, ranks, device):
             code = EXIT_RELEASED
     except TrainingFailed as error:

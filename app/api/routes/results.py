@@ -22,7 +22,7 @@ from app.domain.identifiers import parse_id
 from app.domain.requests import PostedBody
 from app.domain.results import PostedResults
 from app.domain.scopes import Caller
-from app.services.results import record_results
+from app.services.posting import post_results as record_posted
 from app.services.results_query import WantedResults, list_results, show_results
 
 router = APIRouter(tags=["benchmark results"])
@@ -50,7 +50,13 @@ def post_results(
     posted = body if isinstance(body, PostedResults) else PostedResults(results=(body,))
 
     def work(session: Session) -> PostedResultsObject:
-        looks = record_results(session, resources.storage, caller, posted)
+        looks = record_posted(
+            session,
+            resources.storage,
+            caller,
+            posted,
+            max_queued=resources.settings.max_queued_jobs,
+        )
         shown = []
         for look in looks:
             for row in look.evaluations:

@@ -2,8 +2,11 @@
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from app.api.schemas.base import Identified, Schema, unix
 from app.domain.identifiers import public_id
+from app.domain.monitors import MonitorOutcome
 from app.domain.wording import describe_reading
 from app.services.results import RecordedLook
 from app.services.results_query import ShownResult
@@ -63,6 +66,7 @@ class LookObject(Schema):
     message: str | None
     reading: dict[str, Any] | None
     decision: dict[str, Any] | None
+    monitors: list[MonitorOutcome] = Field(default_factory=list)  # of a deployed model
 
 
 class PostedResultsObject(Schema):
@@ -110,6 +114,7 @@ def show_look(look: RecordedLook, results: list[ShownResult]) -> LookObject:
     decision = look.decision
     return LookObject(
         results=[show_result(result) for result in results],
+        monitors=list(look.monitored),
         verdict=None if look.reading is None else look.reading.verdict.value,
         message=None if look.reading is None else describe_reading(look.reading),
         reading=None if look.reading is None else look.reading.model_dump(mode="json"),

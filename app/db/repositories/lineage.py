@@ -1,6 +1,6 @@
 """Queries on the scores that the ledger of a lineage rests on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -23,6 +23,25 @@ class LineageRepository:
         return self._session.scalar(
             select(ModelVersion).where(
                 ModelVersion.project_id == project_id, ModelVersion.name == name
+            )
+        )
+
+    def find_live(self, project_id: UUID, names: Collection[str]) -> dict[str, ModelVersion]:
+        """The project's versions of these names that are not deleted."""
+        found = self._session.scalars(
+            select(ModelVersion).where(
+                ModelVersion.project_id == project_id,
+                ModelVersion.name.in_(names),
+                ModelVersion.deleted_at.is_(None),
+            )
+        )
+        return {version.name: version for version in found}
+
+    def list_evaluations(self, ids: Sequence[UUID]) -> list[Evaluation]:
+        """Evaluations by id, in the order in which they were recorded."""
+        return list(
+            self._session.scalars(
+                select(Evaluation).where(Evaluation.id.in_(ids)).order_by(Evaluation.seq)
             )
         )
 

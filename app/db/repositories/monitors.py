@@ -1,11 +1,11 @@
 """Queries on monitors, their looks and compensations."""
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import DateTime, Select, func, select, update
 from sqlalchemy.orm import Session
 
 from app.db.models import (
@@ -142,6 +142,13 @@ class MonitorRepository:
             )
         )
 
+    def list_looked_at(self, model_version_ids: Sequence[UUID]) -> set[UUID]:
+        """Those of the model versions that a monitor ever had a look at."""
+        query = select(MonitorLook.model_version_id).where(
+            MonitorLook.model_version_id.in_(model_version_ids)
+        )
+        return set(self._session.scalars(query.distinct()))
+
     def list_looks(
         self, monitor: Monitor, *, after: UUID | None, limit: int
     ) -> list[tuple[MonitorLook, str]]:
@@ -232,6 +239,18 @@ class MonitorRepository:
             .execution_options(populate_existing=True)
         )
         return [MonitorRow(*row) for row in self._session.execute(query)]
+
+    def now(self) -> datetime:
+        """The database's clock."""
+        query = select(func.clock_timestamp(type_=DateTime(timezone=True)))
+        found: datetime = self._session.execute(query).scalar_one()
+        return found
+
+    def mark_stale(self, monitor: Monitor) -> None:
+        """The monitor is in the dark from now on."""
+        monitor.stale_since = func.clock_timestamp()
+        self._session.flush()
+        self._session.refresh(monitor)
 
     def put_off(self, monitor: Monitor, hours: float) -> None:
         """The next evaluation is due so many hours from now."""

@@ -9,9 +9,11 @@ from fastapi.testclient import TestClient
 
 from app.domain.external import CreateRun
 from app.domain.identifiers import public_id
+from app.domain.monitors import CreateMonitor
 from app.domain.scopes import DEFAULT_SCOPES, Scope
 from app.domain.states import JobState
 from app.services.external_runs import register_run
+from app.services.monitors import create_monitor
 from app.services.webhooks import create_endpoint, emit_event, list_deliveries
 from tests.app.api.conftest import CHAT, Api
 from tests.deployed import make_deployed
@@ -48,6 +50,12 @@ def foreign(api: Api) -> dict[str, str]:
     watched = {"model": "m", "policy": {"benchmarks": [{"name": "theirs"}]}}
     run = register_run(session, owner.id, CreateRun.model_validate(watched))
     deployed = make_deployed(session, project=owner, name="their-bot")
+    watched = {
+        "model": "their-bot@production",
+        "benchmarks": [{"name": "theirs"}],
+        "sources": ["s"],
+    }
+    monitor = create_monitor(session, owner.id, CreateMonitor.model_validate(watched)).monitor
     session.commit()
     return {
         "file_id": public_id("file", make_file(session, owner).id),
@@ -56,6 +64,7 @@ def foreign(api: Api) -> dict[str, str]:
         "decision_id": public_id("decision", run.id),
         "model": version.name,
         "benchmark": public_id("benchmark", benchmark.benchmark_id),
+        "monitor_id": public_id("monitor", monitor.id),
         "registered_model": "their-bot",
         "registered_model_id": deployed.registered_id,
         "version": "1",
@@ -112,6 +121,7 @@ def test_nothing_foreign_is_listed(api: Api, foreign: dict[str, str]) -> None:
         "/v1/fine_tuning/jobs": "fine_tuning_job_id",
         "/v1/benchmarks": "benchmark",
         "/v1/registered_models": "registered_model_id",
+        "/v1/monitors": "monitor_id",
         "/v1/runs": "run_id",
         "/v1/webhook_endpoints": "webhook_endpoint_id",
     }
