@@ -4,6 +4,7 @@ Run as `scripted_trainer.py SCENARIO --plan PLAN --socket PATH`.
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ import signal
 import socket
 import sys
 import time
+import zlib
+from array import array
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -318,6 +321,28 @@ class Script:
     def run_to_the_end_from_here(self) -> None:
         self.train_to(self.total)
         self.finish(self.evaluate())
+
+    def measures(self) -> None:
+        """An evaluation: of every benchmark the base gets 60 % right, the version 50 %."""
+        sent: dict[str, list[dict[str, str]]] = {"scores": [], "baseline": []}
+        for benchmark in self.plan["benchmarks"]:
+            n = len(Path(benchmark["path"]).read_text().splitlines())
+            for field, share in (("scores", 0.5), ("baseline", 0.6)):
+                if field == "baseline" and benchmark["baseline_scores"] is not None:
+                    continue
+                values = array("f", [float(k < share * n) for k in range(n)])
+                packed = base64.b64encode(zlib.compress(values.tobytes())).decode()
+                version = benchmark["benchmark_version_id"]
+                sent[field].append(
+                    {"benchmark_version_id": version, "item_set": "all", "scores": packed}
+                )
+        assert Path(self.plan["artifact_directory"], "model.safetensors").read_bytes() == b"w"
+        self.talk.ask("evaluation_finished", seconds={"version": 0.1}, **sent)
+
+    def measures_at_last(self) -> None:
+        if self.plan["attempt"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.measures()
 
     def shows_itself(self) -> None:
         """Tells its environment and its open files."""
