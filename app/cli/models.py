@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -113,12 +114,43 @@ def list_(
         show_json(page)
         return
     show_table(
-        ("ID", "OWNER", "PARENT", "CREATED"),
+        ("ID", "OWNER", "PARENT", "RETENTION", "ALIASES", "CREATED"),
         [
-            (row["id"], row.get("owned_by"), row.get("parent"), local_time(row.get("created")))
+            (
+                row["id"],
+                row.get("owned_by"),
+                row.get("parent"),
+                row.get("retention"),
+                ", ".join(row.get("aliases") or ()) or None,
+                local_time(row.get("created")),
+            )
             for row in page["data"]
         ],
     )
+
+
+@models.command()
+def rollback(
+    alias: Annotated[str, typer.Argument(help="The alias as NAME@ALIAS.")],
+    to: Annotated[
+        str, typer.Option(help="`previous` (the last good version before), or a version's number.")
+    ] = "previous",
+    reason: Annotated[str | None, typer.Option(help="Kept in the alias's history.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Pass the gate; needs --reason and models:force.")
+    ] = False,
+) -> None:
+    """Point an alias back at an earlier version."""
+    name, at, short = alias.partition("@")
+    if not (name and at and short):
+        raise BadRequest(f"'{alias}' is no alias; write NAME@ALIAS.", "alias")
+    body: dict[str, Any] = {"to": int(to) if to.isdigit() else to, "reason": reason, "force": force}
+    path = f"registered_models/{quote(name, safe='')}/aliases/{quote(short, safe='')}"
+    with ApiClient() as client:
+        before = client.get(path)
+        after = client.post(f"{path}/rollback", body)
+    tell(f"{alias}: version {before['version']} -> {after['version']}")
+    show(after["model"])
 
 
 def parse_weight(text: str) -> tuple[str, float]:
