@@ -49,7 +49,7 @@ class Card(NamedTuple):
 CARDS: Mapping[str, Card] = MappingProxyType(
     {
         "ewc": Card(100.0, 0.1, None, 0, needs_general_data=True),
-        "mas": Card(100.0, 0.1, None, 1, needs_general_data=True),
+        "mas": Card(10.0, 0.1, None, 1, needs_general_data=True),
         "si": Card(100.0, 100.0, None, 2, needs_general_data=False),
         "l2sp": Card(0.3, 0.1, None, 3, needs_general_data=False),
         "replay": Card(0.1, 0.1, 0.5, 4, needs_general_data=True),
