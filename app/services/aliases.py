@@ -70,7 +70,7 @@ def promote(
     registered = repository.get(caller.project_id, name, lock=True)
     row = repository.find_alias(registered, alias, with_deleted=True)
     _check(condition, row)
-    target = repository.get_version(registered, body.version)
+    target = repository.get_version(registered, body.version, keep=True)
     objections = check_gate(session, registered, [target])[target.row.version]
     details = _pass_gate(caller, objections, force=body.force)
     why = _Why("promote", f"key:{caller.key_id}", body.reason, bool(details), details)
@@ -110,7 +110,7 @@ def roll_back(
                 "no_good_version",
             )
     else:
-        target = repository.get_version(registered, body.to)
+        target = repository.get_version(registered, body.to, keep=True)
         objections = check_gate(session, registered, [target])[target.row.version]
         details = _pass_gate(caller, objections, force=body.force)
     why = _Why("rollback", f"key:{caller.key_id}", body.reason, bool(details), details)

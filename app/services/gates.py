@@ -45,7 +45,7 @@ def find_rollback_target(
     numbers = repository.numbers_of(list(ids))
     rows = {
         row.row.version: row
-        for row in repository.list_versions(registered, numbers=list(numbers.values()))
+        for row in repository.list_versions(registered, numbers=list(numbers.values()), keep=True)
     }
     moves = [
         PastMove(c.action, None if c.to_version_id is None else numbers[c.to_version_id])

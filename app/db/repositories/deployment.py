@@ -107,8 +107,9 @@ class DeploymentRepository:
         below: int | None = None,
         limit: int | None = None,
         numbers: Sequence[int] | None = None,
+        keep: bool = False,
     ) -> list[VersionRow]:
-        """Versions, newest first: those below a number, or just these numbers."""
+        """Versions, newest first: those below a number, or just these numbers; `keep` holds off their deletion."""
         query = (
             select(RegisteredVersion, ModelVersion)
             .join(ModelVersion, ModelVersion.id == RegisteredVersion.model_version_id)
@@ -121,15 +122,21 @@ class DeploymentRepository:
             query = query.where(RegisteredVersion.version.in_(numbers))
         if limit is not None:
             query = query.limit(limit)
+        if keep:
+            query = query.with_for_update(of=ModelVersion, read=True).execution_options(
+                populate_existing=True
+            )
         return [VersionRow(*row) for row in self._session.execute(query)]
 
-    def get_version(self, registered: RegisteredModel, number: int) -> VersionRow:
-        """The version of this number.
+    def get_version(
+        self, registered: RegisteredModel, number: int, *, keep: bool = False
+    ) -> VersionRow:
+        """The version of this number; `keep` holds off its deletion until the transaction ends.
 
         Raises:
             NotFound: There is none.
         """
-        found = self.list_versions(registered, numbers=[number])
+        found = self.list_versions(registered, numbers=[number], keep=keep)
         if not found:
             raise NotFound(
                 f"version: '{registered.name}' has no version {number}.",
