@@ -74,9 +74,10 @@ class World:
             return query(session)
 
     def alias(self) -> int:
-        return self.read(
+        found: int = self.read(
             lambda s: get_alias(s, self.deployed.project.id, NAME, ALIAS).version.row.version
         )
+        return found
 
 
 @pytest.fixture

@@ -50,12 +50,12 @@ def foreign(api: Api) -> dict[str, str]:
     watched = {"model": "m", "policy": {"benchmarks": [{"name": "theirs"}]}}
     run = register_run(session, owner.id, CreateRun.model_validate(watched))
     deployed = make_deployed(session, project=owner, name="their-bot")
-    watched = {
+    monitored = {
         "model": "their-bot@production",
         "benchmarks": [{"name": "theirs"}],
         "sources": ["s"],
     }
-    monitor = create_monitor(session, owner.id, CreateMonitor.model_validate(watched)).monitor
+    monitor = create_monitor(session, owner.id, CreateMonitor.model_validate(monitored)).monitor
     session.commit()
     return {
         "file_id": public_id("file", make_file(session, owner).id),

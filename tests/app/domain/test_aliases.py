@@ -1,5 +1,7 @@
 """The gate of a registered model, and where a rollback goes."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -15,7 +17,7 @@ from app.domain.aliases import (
 )
 
 
-def fact(version: int = 1, **changes: object) -> VersionFact:
+def fact(version: int = 1, **changes: Any) -> VersionFact:
     good = VersionFact(version=version, status="ready", is_deleted=False, retention="held")
     return good._replace(**changes)
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from app.domain.compensation import plan_compensation
+from app.domain.compensation import CompensationPlan, plan_compensation
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.monitors import MonitoredBenchmark, MonitorLimits, MonitorSettings, OnRegression
 from app.domain.policy import Ladder, Policy, Retention, WatchedBenchmark
 from app.domain.spec import CreateJob, JobSpec
+from app.domain.strategies import StrategyConfig
 from tests.factories import make_training
 
 DEFAULT = Retention()
@@ -29,8 +30,15 @@ def make_spec(*strategies, policy: Policy | None = None, retention=DEFAULT, **tr
     )
 
 
-def strengths(plan) -> dict[str, float | None]:
-    return {config.type: config.strength for config in plan.request.retention.strategies}
+def strategies_of(plan: CompensationPlan) -> tuple[StrategyConfig, ...]:
+    retention = plan.request.retention
+    assert retention is not None
+    assert not isinstance(retention.strategies, str)
+    return retention.strategies
+
+
+def strengths(plan: CompensationPlan) -> dict[str, float | None]:
+    return {config.type: config.strength for config in strategies_of(plan)}
 
 
 def test_a_strength_is_raised_by_the_ladders_factor() -> None:
@@ -54,7 +62,7 @@ def test_it_counts_from_what_the_controller_had_come_to() -> None:
 
 def test_an_armed_strategy_is_activated_at_its_default() -> None:
     plan = plan_compensation(make_spec(EwcConfig(armed=True)), {"ewc": 0.0}, SETTINGS)
-    (config,) = plan.request.retention.strategies
+    (config,) = strategies_of(plan)
     assert (config.strength, config.armed) == (100.0, False)
     assert "activated" in plan.change
 
@@ -87,6 +95,7 @@ def test_what_the_monitor_watches_is_watched_by_the_tighter_limit() -> None:
         benchmarks=(WatchedBenchmark(name="mc@1", weight=5.0),), max_drop=0.05, max_nll_increase=0.1
     )
     plan = plan_compensation(make_spec(EwcConfig(strength=1.0), policy=own), {}, SETTINGS)
+    assert plan.request.retention is not None
     policy = plan.request.retention.policy
-    assert [(b.name, b.weight) for b in policy.benchmarks] == [("mc@1", 5.0), ("em@2", 2.0)]
+    assert [(b.name, b.weight) for b in policy.benchmarks or ()] == [("mc@1", 5.0), ("em@2", 2.0)]
     assert (policy.max_drop, policy.max_nll_increase) == (0.02, 0.1)

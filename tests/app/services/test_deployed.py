@@ -290,15 +290,20 @@ def test_stale_data_is_an_event_and_no_verdict(session, storage) -> None:
     (told,) = events(session, "monitor.stale")
     assert (told["reason"], told["model"]) == ("stale_data", deployed.models[1].name)
     assert version_of(session, deployed) == 2
-    assert monitor.stale_since is not None
+    assert is_stale(session, monitor)
     post(session, storage, deployed, items=items(), measured_at=datetime.now(UTC).isoformat())
-    assert monitor.stale_since is None
+    assert not is_stale(session, monitor)
 
 
 def silence(session, hours: float) -> None:
     past = func.clock_timestamp() - text(f"interval '{hours} hours'")
     session.execute(update(Alias).values(moved_at=past))
     session.execute(update(Monitor).values(created_at=past))
+
+
+def is_stale(session, monitor: Monitor) -> bool:
+    session.refresh(monitor)
+    return monitor.stale_since is not None
 
 
 def test_silence_is_told_once_and_ends_with_a_result(session, storage) -> None:
@@ -311,10 +316,9 @@ def test_silence_is_told_once_and_ends_with_a_result(session, storage) -> None:
     assert tell_silent(session) == []
     (told,) = events(session, "monitor.stale")
     assert (told["reason"], told["last_result_at"]) == ("silence", None)
-    session.refresh(monitor)
-    assert monitor.stale_since is not None
+    assert is_stale(session, monitor)
     post(session, storage, deployed, items=items())
-    assert monitor.stale_since is None
+    assert not is_stale(session, monitor)
     assert tell_silent(session) == []
     # The same numbers again say that the evaluator is alive.
     session.execute(

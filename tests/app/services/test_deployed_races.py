@@ -15,7 +15,7 @@ from app.domain.aliases import Promote
 from app.domain.monitors import CreateMonitor
 from app.domain.results import PostedResults
 from app.domain.states import JobKind
-from app.errors import Conflict
+from app.errors import Conflict, PreconditionFailed
 from app.services.aliases import Condition, promote
 from app.services.monitors import create_monitor
 from app.services.posting import post_results
@@ -117,14 +117,14 @@ def test_of_regressions_posted_at_once_one_moves_the_alias(
 def test_a_promotion_and_a_regression_at_once_leave_one_history(
     committed_factory, storage, deployed
 ) -> None:
-    def move() -> int | None:
+    def move() -> int | str:
         try:
             with transaction(committed_factory) as session:
                 return promote(
                     session, deployed.caller, NAME, ALIAS, Promote(version=1), Condition(revision=3)
                 ).alias.revision
-        except Exception as error:  # noqa: BLE001 - told by its code
-            return getattr(error, "code", repr(error))
+        except PreconditionFailed as error:
+            return error.code
 
     promoted, look = at_once(move, poster(committed_factory, storage, deployed, 120))
     with transaction(committed_factory) as session:
