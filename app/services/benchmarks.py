@@ -22,18 +22,6 @@ from app.domain.subsets import draw
 from app.errors import BadRequest
 from app.services.files import EVALS, PROCESSED
 from app.services.storage import Storage, Stored
-from app.services.watched import Watched, resolve_watched
-
-__all__ = [
-    "DrawnItems",
-    "Watched",
-    "create_benchmark",
-    "get_benchmark",
-    "list_benchmarks",
-    "list_versions",
-    "resolve_watched",
-    "store_drawn",
-]
 
 
 @dataclass(slots=True)
