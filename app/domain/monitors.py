@@ -58,7 +58,7 @@ class CreateMonitor(Frozen):
     limits: MonitorLimits = MonitorLimits()
     sources: tuple[Source, ...] = Field(default=(), max_length=64)
     schedule: Schedule | None = None
-    stale_after_hours: Hours | None = None
+    stale_after_hours: Hours | None = None  # left out: three times `every_hours`; null: never
     on_regression: OnRegression = OnRegression()
     enabled: bool = True
 

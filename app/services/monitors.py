@@ -29,6 +29,8 @@ from app.errors import BadRequest, Conflict, NotFound
 from app.services.deployed import tell_stale
 from app.services.evaluation_jobs import queue_evaluation
 
+MISSED_EVALUATIONS = 3  # after so many a scheduled monitor is stale, unless it says otherwise
+
 
 class ShownMonitor(NamedTuple):
     """A monitor with what it watches now, and its latest look at that."""
@@ -71,7 +73,7 @@ def create_monitor(session: Session, project_id: UUID, body: CreateMonitor) -> M
         settings=settings.model_dump(mode="json"),
         sources=list(body.sources),
         enabled=body.enabled,
-        stale_after_hours=body.stale_after_hours,
+        stale_after_hours=_stale_after(body),
         next_evaluation_at=None if body.schedule is None else func.clock_timestamp(),
     )
     repository.add(monitor)
@@ -202,6 +204,13 @@ def tell_silent(session: Session) -> list[str]:
     for row in rows:
         tell_stale(session, row, "silence")
     return [public_id("monitor", row.monitor.id) for row in rows]
+
+
+def _stale_after(body: CreateMonitor) -> float | None:
+    """What was asked for; a schedule whose evaluations keep failing must not go unnoticed for want of a word."""
+    if body.schedule is None or "stale_after_hours" in body.model_fields_set:
+        return body.stale_after_hours
+    return MISSED_EVALUATIONS * body.schedule.every_hours
 
 
 def _pin(

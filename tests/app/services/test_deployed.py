@@ -412,3 +412,15 @@ def test_due_evaluations_are_queued_one_at_a_time(session) -> None:
     job.finished_at = datetime.now(UTC)
     session.flush()
     assert len(start_due_evaluations(session)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "hours"),
+    [({}, 18.0), ({"stale_after_hours": 2}, 2.0), ({"stale_after_hours": None}, None)],
+)
+def test_evaluations_that_never_come_are_silence_too(session, fields, hours) -> None:
+    deployed = make_deployed(session)
+    monitor = watch(session, deployed, sources=[], schedule={"every_hours": 6}, **fields)
+    assert monitor.stale_after_hours == hours
+    silence(session, 19)
+    assert len(tell_silent(session)) == int(hours is not None)

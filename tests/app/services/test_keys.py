@@ -15,7 +15,9 @@ from app.services.keys import authenticate, create_key, ensure_project, list_key
 from tests.factories import make_project
 
 
-def test_a_new_key_opens_its_project_with_every_scope_but_making_keys_and_passing_gates(session: Session) -> None:
+def test_a_new_key_opens_its_project_with_every_scope_but_making_keys_and_passing_gates(
+    session: Session,
+) -> None:
     project = make_project(session)
     created = create_key(session, project_id=project.id, name="ci")
     assert re.fullmatch(r"rt_live_[a-z0-9]{8}_[\w-]{43}", created.text)
