@@ -28,6 +28,7 @@ def serving(settings: Settings, session_factory: SessionFactory) -> Iterator[str
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen(128)  # who connects before the server is up waits
         config = uvicorn.Config(
             create_app(settings, session_factory), log_level="warning", lifespan="off"
         )
