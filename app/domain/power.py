@@ -29,6 +29,8 @@ ASSUMED_NLL_SPREAD = (
 )
 ASSUMED_NLL_TOKENS = 200.0  # a document
 WANTED_POWER = 0.8
+DETECTION_MARGIN = 0.02  # above a limit (2 points, 0.02 nats): such a drop is to be called
+WANTED_DETECTION = 0.9
 MAX_ITEMS = 10_000_000
 EVALUATIONS_WISHED = 10  # a job, where the budget allows them
 FEWEST_ITEMS = 50  # a benchmark; under this the interval says nothing
@@ -56,6 +58,9 @@ class PowerEstimate(Frozen):
     regress_at_80: float | None  # true drop that the first look calls regress with 80 %
     pass_at_zero: float | None  # chance that an undamaged model passes
     items_for_pass_80: int | None  # a benchmark, for `pass_at_zero` 0.8; None: out of reach
+    items_for_regress_90: int | None = (
+        None  # a benchmark: a drop of the limit + 2 points is called at the look with 90 %
+    )
     at_floor: bool = False
 
 
@@ -84,17 +89,22 @@ class _Expected:
     is_at_floor: bool
 
 
-def power(policy: Policy, benchmarks: Sequence[PlannedBenchmark]) -> Power:
-    """Power of the first look, per benchmark and for the mean of the accuracies.
+def power(policy: Policy, benchmarks: Sequence[PlannedBenchmark], *, look: int = 1) -> Power:
+    """Power of one look, per benchmark and for the mean of the accuracies.
 
-    Harmful calls are taken at the first look's alpha over the number of hypotheses (Holm's first step).
+    Harmful calls are taken at the look's alpha over the number of hypotheses (Holm's first step).
+
+    Args:
+        policy: Limits of the job.
+        benchmarks: What is watched.
+        look: The first one for what drops early; a later one spends less error, so it needs more items.
     """
     expected = [_expect(benchmark) for benchmark in benchmarks]
     accuracies = [e for e in expected if _counts(e) and e.source.scorer is not Scorer.NLL]
     limited = [
         e for e in expected if _counts(e) and (e.source.scorer is Scorer.NLL or e.source.max_drop)
     ]
-    alpha = alpha_spent(1) / max(bool(accuracies) + len(limited), 1)
+    alpha = alpha_spent(look) / max(bool(accuracies) + len(limited), 1)
     mean = None
     if accuracies:
         n_items = min(e.source.n_items for e in accuracies)
@@ -229,7 +239,13 @@ def _estimate_power(
         limit=limit,
         regress_at_80=_regress_at(lambda drop: estimate(drop, None), limit, alpha),
         pass_at_zero=_pass_chance(estimate(0.0, None), limit),
-        items_for_pass_80=_items_for(lambda items: estimate(0.0, items), limit),
+        items_for_pass_80=_fewest_items(
+            lambda items: _pass_chance(estimate(0.0, items), limit), WANTED_POWER
+        ),
+        items_for_regress_90=_fewest_items(
+            lambda items: _regress_chance(estimate(limit + DETECTION_MARGIN, items), limit, alpha),
+            WANTED_DETECTION,
+        ),
     )
 
 
@@ -238,15 +254,18 @@ def _pass_chance(estimate: DropEstimate, limit: float) -> float:
     return float(special.ndtr((limit - estimate.drop) / estimate.stderr - quantile))
 
 
+def _regress_chance(estimate: DropEstimate, limit: float, alpha: float) -> float:
+    quantile = float(special.stdtrit(estimate.dof, 1 - alpha))
+    return float(special.ndtr((estimate.drop - limit) / estimate.stderr - quantile))
+
+
 def _regress_at(
     estimate: Callable[[float], DropEstimate], limit: float, alpha: float
 ) -> float | None:
     """The smallest true drop with lower bound above `limit` in 80 % of samples; None: not even a total loss."""
 
     def chance(drop: float) -> float:
-        at = estimate(drop)
-        quantile = float(special.stdtrit(at.dof, 1 - alpha))
-        return float(special.ndtr((at.drop - limit) / at.stderr - quantile))
+        return _regress_chance(estimate(drop), limit, alpha)
 
     low, high = limit, 1.0
     if chance(high) < WANTED_POWER:
@@ -257,17 +276,14 @@ def _regress_at(
     return high
 
 
-def _items_for(estimate: Callable[[int], DropEstimate], limit: float) -> int | None:
+def _fewest_items(chance: Callable[[int], float], wanted: float) -> int | None:
+    """The smallest number of items a benchmark with at least this chance; None: out of reach."""
     low, high = 2, MAX_ITEMS
-    if _pass_chance(estimate(high), limit) < WANTED_POWER:
+    if chance(high) < wanted:
         return None
     while low < high:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle)
-            if _pass_chance(estimate(middle), limit) >= WANTED_POWER
-            else (middle + 1, high)
-        )
+        low, high = (low, middle) if chance(middle) >= wanted else (middle + 1, high)
     return low
 
 

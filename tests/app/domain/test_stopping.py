@@ -19,7 +19,9 @@ from app.domain.publishing import choose_checkpoint
 
 EWC = LeverState(strategy="ewc", asked=1.0, default=100.0, cap=1000.0)
 START = CheckpointFact(checkpoint_id="start", branch=0, step=0, status="good", valid_loss=None)
-POLICY = Policy(early_stopping=EarlyStopping(metric="math", patience=2), ladder=Ladder(repair=False))
+POLICY = Policy(
+    early_stopping=EarlyStopping(metric="math", patience=2), ladder=Ladder(repair=False)
+)
 
 
 def look(step, value, *, verdict=Verdict.PASS, severe=False, higher_is_better=True, **rest):
