@@ -76,7 +76,6 @@ def create_app(
     ):
         app.include_router(noun.router)
     app.include_router(build_router())
-    app.include_router(build_router())
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_json_bytes,
