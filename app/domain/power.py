@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from app.domain.benchmarks import DEFAULT_GATE_ITEMS, Scorer
 from app.domain.frozen import Frozen
@@ -17,7 +16,9 @@ from app.domain.statistics import (
     GroupMoments,
     alpha_spent,
     is_above_chance,
+    normal_cdf,
     relative_drop,
+    t_quantile,
 )
 
 Floats = NDArray[np.floating]
@@ -250,13 +251,13 @@ def _estimate_power(
 
 
 def _pass_chance(estimate: DropEstimate, limit: float) -> float:
-    quantile = float(special.stdtrit(estimate.dof, 1 - UPPER_LEVEL))
-    return float(special.ndtr((limit - estimate.drop) / estimate.stderr - quantile))
+    quantile = t_quantile(estimate.dof, 1 - UPPER_LEVEL)
+    return normal_cdf((limit - estimate.drop) / estimate.stderr - quantile)
 
 
 def _regress_chance(estimate: DropEstimate, limit: float, alpha: float) -> float:
-    quantile = float(special.stdtrit(estimate.dof, 1 - alpha))
-    return float(special.ndtr((estimate.drop - limit) / estimate.stderr - quantile))
+    quantile = t_quantile(estimate.dof, 1 - alpha)
+    return normal_cdf((estimate.drop - limit) / estimate.stderr - quantile)
 
 
 def _regress_at(

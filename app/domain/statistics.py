@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 Floats = NDArray[np.floating]
 
@@ -194,22 +194,22 @@ def unpaired_nll_increase(
 
 def lower_bound(estimate: DropEstimate, alpha: float) -> float:
     """One-sided lower confidence bound at level `alpha`, by the t quantile."""
-    return estimate.drop + float(special.stdtrit(estimate.dof, alpha)) * estimate.stderr
+    return estimate.drop + t_quantile(estimate.dof, alpha) * estimate.stderr
 
 
 def upper_bound(estimate: DropEstimate, alpha: float = UPPER_LEVEL) -> float:
     """One-sided upper confidence bound at level `alpha`, by the t quantile."""
-    return estimate.drop - float(special.stdtrit(estimate.dof, alpha)) * estimate.stderr
+    return estimate.drop - t_quantile(estimate.dof, alpha) * estimate.stderr
 
 
 def p_above(estimate: DropEstimate, limit: float) -> float:
     """One-sided p-value of H0 "the drop is at most `limit`"; small speaks for a larger drop."""
-    return float(special.stdtr(estimate.dof, (limit - estimate.drop) / estimate.stderr))
+    return float(_special().stdtr(estimate.dof, (limit - estimate.drop) / estimate.stderr))
 
 
 def p_below(estimate: DropEstimate, limit: float) -> float:
     """One-sided p-value of H0 "the drop is at least `limit`"; small speaks for a smaller drop."""
-    return float(special.stdtr(estimate.dof, (estimate.drop - limit) / estimate.stderr))
+    return float(_special().stdtr(estimate.dof, (estimate.drop - limit) / estimate.stderr))
 
 
 def alpha_spent(look: int) -> float:
@@ -239,7 +239,7 @@ def mcnemar_p(baseline: Floats, value: Floats) -> float:
     won = int(np.count_nonzero((baseline <= 0.5) & (value > 0.5)))
     if lost + won == 0:
         return 1.0
-    return min(1.0, 2.0 * float(special.bdtr(min(lost, won), lost + won, 0.5)))
+    return min(1.0, 2.0 * float(_special().bdtr(min(lost, won), lost + won, 0.5)))
 
 
 def is_above_chance(scores: Floats, chance: float) -> bool:
@@ -251,3 +251,20 @@ def is_above_chance(scores: Floats, chance: float) -> bool:
     stderr = math.sqrt(float(np.var(padded, ddof=1)) / n)
     estimate = DropEstimate(drop=float(np.mean(scores, dtype=np.float64)), stderr=stderr, dof=n - 1)
     return lower_bound(estimate, UPPER_LEVEL) > chance
+
+
+def t_quantile(dof: float, level: float) -> float:
+    """Quantile of Student's t distribution."""
+    return float(_special().stdtrit(dof, level))
+
+
+def normal_cdf(value: float) -> float:
+    """Of the standard normal distribution."""
+    return float(_special().ndtr(value))
+
+
+def _special() -> Any:  # noqa: ANN401 - scipy has no types here
+    """scipy's distributions, loaded when a bound is first computed: 24 MB that most processes never need."""
+    from scipy import special
+
+    return special

@@ -15,6 +15,7 @@ from app.domain.identifiers import public_id
 from app.domain.spec import CreateJob, JobSpec
 from app.domain.states import JobState
 from app.embedded import Endpoints
+from app.services.control import request_cancel
 from app.services.storage import Storage
 from app.services.submission import submit_job
 from tests.end_to_end.stack import Stack, running_stack, trainers
@@ -106,6 +107,7 @@ def test_every_phase_is_gated_and_the_student_is_published(
     assert saved >= set(ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["adapter", "student"])
 def test_a_roadmap_killed_in_a_late_phase_ends_as_if_nothing_had_been(
     stack: Stack, finished: tuple[UUID, dict[str, Any]], phase: str
@@ -134,4 +136,5 @@ def test_a_stages_file_cannot_be_deleted_while_its_job_waits(stack: Stack) -> No
         session.flush()
         assert FileRepository(session).find_use(file) == "a job that has not ended"
         job.training_file_id = stack.ids["rows"]
+        request_cancel(session, project_id=job.project_id, job_id=job_id)
     stack.ends(job_id)

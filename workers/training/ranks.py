@@ -115,8 +115,9 @@ class Ranks:
         return merged
 
     def leave(self) -> None:
-        """Takes the process group down."""
+        """Takes the process group down, once every rank is done with it."""
         if self.world_size > 1:
             from torch import distributed
 
+            distributed.barrier(group=self._control)
             distributed.destroy_process_group()
