@@ -21,7 +21,7 @@ from tests.end_to_end.stack import Stack, running_stack
 from tests.factories import make_spec, make_training
 from tests.serving import serving
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture

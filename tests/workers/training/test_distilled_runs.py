@@ -49,7 +49,7 @@ def two_stages(scratch, kind, configs, *, start=True):
 
 @kind
 @pytest.mark.parametrize("configs", [SEQUENCE, ALONE], ids=["sequence", "alone"])
-@pytest.mark.parametrize("kill_at", [3, 6])
+@pytest.mark.parametrize("kill_at", [pytest.param(3, marks=pytest.mark.slow), 6])
 def test_a_killed_sequence_goes_on_bit_for_bit(tmp_path, kind, configs, kill_at):
     whole = two_stages(tmp_path, kind, configs)
     train(whole, kill_at)

@@ -69,7 +69,7 @@ def test_g1_armed_at_nothing_is_plain_training(tmp_path, name, kind):
 
 @kind
 @case
-@pytest.mark.parametrize("left_at", [3, 9])
+@pytest.mark.parametrize("left_at", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_g3_a_run_left_in_the_middle_goes_on_bit_for_bit(tmp_path, name, kind, left_at):
     """Within the warm-up and the curriculum, and behind the former."""
     dropout = {"lora": {"r": 4, "alpha": 8.0, "dropout": 0.1}}

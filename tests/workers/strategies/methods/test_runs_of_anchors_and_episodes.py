@@ -68,7 +68,13 @@ def train(run, steps):
 
 
 @every_run
-@pytest.mark.parametrize("saved_at", [STAGE_STEPS, STAGE_STEPS + 2], ids=["boundary", "within"])
+@pytest.mark.parametrize(
+    "saved_at",
+    [
+        pytest.param(STAGE_STEPS, id="boundary"),
+        pytest.param(STAGE_STEPS + 2, id="within", marks=pytest.mark.slow),
+    ],
+)
 def test_a_loaded_checkpoint_goes_on_bit_identically_through_the_stages(
     tmp_path, name, kind, saved_at
 ):
