@@ -89,9 +89,11 @@ def test_two_ranks_make_together_what_one_makes_alone():
     barrier = threading.Barrier(2, timeout=60)
     given: dict[int, Any] = {}
     made: dict[int, Any] = {}
+    # made one after the other: threads share the generator that a model is drawn from
+    stages = [Stage([], {}, micro_rows=4) for _ in range(2)]
 
     def work(rank):
-        stage = Stage([], {}, micro_rows=4)
+        stage = stages[rank]
         every = stage.ctx.store_micros
 
         def all_reduce(tensor):
