@@ -1,17 +1,13 @@
 """One adapter a stage on the real loop: what is trained, what stays, what is kept, merged and published."""
 
-import multiprocessing
-import os
-import socket
-
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from app.domain.configs.adapters import RESERVED_NAMES
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.spec import LoraConfig
 from app.errors import TrainingFailed
+from tests.workers.training.ranked import on_two_ranks
 from tests.workers.training.runs import CPU, make_plan, make_run, same, tiny_base
 from tests.workers.training.staged import (
     NAMES,
@@ -26,7 +22,6 @@ from workers.training.checkpoints import load_checkpoint, save_checkpoint
 from workers.training.footprint import expected_footprint, measure_footprint
 from workers.training.loop import train_step
 from workers.training.models import load_base
-from workers.training.ranks import Ranks
 
 IDS = torch.tensor([[7, 20, 33, 46, 59, 72]])
 KINDS = ("lora", "bottleneck")
@@ -163,25 +158,13 @@ def gradients_of_second_stage(scratch, ranks=None, base=None):
     return found
 
 
-def rank_gradients(rank, port, scratch, base, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
-    ranks = Ranks.join(CPU)
+def rank_gradients(ranks, scratch, base):
     found = gradients_of_second_stage(scratch, ranks, base)
-    results[rank] = {name: g.numpy() for name, g in found.items()}
-    ranks.leave()
-    os._exit(0)  # as the trainer: an interpreter that shuts down beside gloo threads may abort
+    return {name: g.numpy() for name, g in found.items()}
 
 
 def test_the_penalty_is_the_same_on_two_ranks(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        spawn(rank_gradients, (port, str(tmp_path), str(tiny_base()), results), nprocs=2)
-        two = dict(results)
+    two = on_two_ranks(rank_gradients, str(tmp_path), str(tiny_base()))
     whole = gradients_of_second_stage(tmp_path, base=tiny_base())
     for rank in range(2):
         for name, gradient in whole.items():

@@ -1,19 +1,16 @@
 """Causal on the real loop: any micro-batches, two ranks, checkpoints, and the pairs of a job from its files."""
 
 import json
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from app.domain.configs.causal import CausalConfig
 from app.domain.runplan import RowsPlan
+from tests.workers.training.ranked import on_two_ranks
 from tests.workers.training.rows import make_supervisor
 from tests.workers.training.runs import (
     CPU,
@@ -30,7 +27,6 @@ from tests.workers.training.test_loop import gradients
 from workers.strategies.context import Pairs
 from workers.training.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from workers.training.loop import train_step
-from workers.training.ranks import Ranks
 
 EVERYTHING = CausalConfig(
     consistency_coef=1.0,
@@ -96,30 +92,20 @@ def run_in_float64(scratch, name, kind, max_tokens, ranks=None, base=None):
     return run
 
 
-def rank_gradients(rank, port, scratch, base, names, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
-    ranks = Ranks.join(CPU)
+def rank_gradients(ranks, scratch, base, names):
+    found = {}
     for name, kind in names:
         run = run_in_float64(scratch, name, kind, 200, ranks, base=base)
-        results[rank, name, kind] = {k: v.numpy() for k, v in gradients(run).items()}
-    ranks.leave()
-    os._exit(0)  # as the trainer: an interpreter that shuts down beside gloo threads may abort
+        found[name, kind] = {k: v.numpy() for k, v in gradients(run).items()}
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """Gradients of every case on two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     names = [(name, kind) for name in ("everything", "answers") for kind in KINDS]
     scratch = str(tmp_path_factory.mktemp("ranks"))
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        spawn(rank_gradients, (port, scratch, str(tiny_base()), names, results), nprocs=2)
-        return dict(results)
+    return on_two_ranks(rank_gradients, scratch, str(tiny_base()), names)
 
 
 @pytest.mark.parametrize("name", ["everything", "answers"])
@@ -137,7 +123,7 @@ def test_gradients_do_not_depend_on_micro_batches_or_ranks(tmp_path, two_ranks, 
             assert (split[key] - gradient).abs().max() < 1e-12
     for rank in range(2):
         for key, gradient in whole.items():
-            other = torch.from_numpy(two_ranks[rank, name, kind][key])
+            other = torch.from_numpy(two_ranks[rank][name, kind][key])
             assert (other - gradient).abs().max() < 1e-12
 
 

@@ -2,22 +2,18 @@
 
 import itertools
 import math
-import multiprocessing
-import os
-import socket
 from collections import Counter
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.strategies import StrategyConfig
+from tests.workers.training.ranked import on_two_ranks
 from tests.workers.training.runs import (
-    CPU,
     ListRows,
     make_plan,
     make_run,
@@ -30,7 +26,6 @@ from workers.data.batches import split_micros
 from workers.strategies.base import Strategy
 from workers.training.checkpoints import load_checkpoint, make_carry, save_checkpoint, set_carry
 from workers.training.loop import train_step
-from workers.training.ranks import Ranks
 
 CASES: dict[str, StrategyConfig] = {
     "ewc": EwcConfig(fisher_samples=24),
@@ -166,16 +161,12 @@ def run_in_float64(scratch, name, kind, max_tokens, ranks=None, base=None):
     return run
 
 
-def rank_gradients(rank, port, scratch, base, names, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
-    ranks = Ranks.join(CPU)
+def rank_gradients(ranks, scratch, base, names):
+    found = {}
     for name, kind in names:
         run = run_in_float64(scratch, name, kind, 120, ranks, base=base)
-        results[rank, name, kind] = {k: v.numpy() for k, v in gradients(run).items()}
-    ranks.leave()
-    os._exit(0)  # as the trainer: an interpreter that shuts down beside gloo threads may abort
+        found[name, kind] = {k: v.numpy() for k, v in gradients(run).items()}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -191,15 +182,8 @@ def scratch_g4(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(scratch_g4):
     """Gradients of every case on two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     names = [(name, kind) for name in (None, *CASES) for kind in KINDS]
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        arguments = (port, str(scratch_g4), str(tiny_base()), names, results)
-        spawn(rank_gradients, arguments, nprocs=2)
-        return dict(results)
+    return on_two_ranks(rank_gradients, str(scratch_g4), str(tiny_base()), names)
 
 
 @pytest.mark.parametrize("name", [None, *CASES])
@@ -212,7 +196,7 @@ def test_g4_gradients_do_not_depend_on_micro_batches_or_ranks(scratch_g4, two_ra
             assert (split[key] - gradient).abs().max() < 1e-12
     for rank in range(2):
         for key, gradient in whole.items():
-            other = torch.from_numpy(two_ranks[rank, name, kind][key])
+            other = torch.from_numpy(two_ranks[rank][name, kind][key])
             assert (other - gradient).abs().max() < 1e-12
     assert max(float(g.abs().max()) for g in whole.values()) > 1e-4
 

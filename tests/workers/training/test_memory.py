@@ -1,15 +1,11 @@
 """The memory on the real loop: encoders of a run, resumes within a sequence, ranks, benchmarks, the artifact."""
 
 import json
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.configs.memory import MemoryConfig
@@ -17,6 +13,7 @@ from app.domain.messages import EXIT_DONE
 from app.domain.runplan import StagePlan
 from app.errors import TrainingFailed
 from tests.workers.evaluation.test_representations import make_clip
+from tests.workers.training.ranked import on_two_ranks
 from tests.workers.training.rows import make_supervisor, write_benchmarks
 from tests.workers.training.runs import (
     CPU,
@@ -144,32 +141,19 @@ def second_task(scratch, kind, ranks, base):
     return entries, {name: value.numpy() for name, value in weights(run).items()}
 
 
-def on_two_ranks(rank, port, scratch, base, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
-    ranks = Ranks.join(CPU)
-    for kind in ("full", "lora"):
-        results[rank, kind] = second_task(scratch, kind, ranks, base)
-    ranks.leave()
-    os._exit(0)  # as the trainer: an interpreter that shuts down beside gloo threads may abort
+def second_tasks(ranks, scratch, base):
+    return {kind: second_task(scratch, kind, ranks, base) for kind in ("full", "lora")}
 
 
 def test_two_ranks_remember_and_learn_what_one_does(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        spawn(on_two_ranks, (port, str(tmp_path), str(tiny_base()), results), nprocs=2)
-        found = dict(results)
+    found = on_two_ranks(second_tasks, str(tmp_path), str(tiny_base()))
     for kind in ("full", "lora"):
         entries, alone = second_task(tmp_path, kind, Ranks(), tiny_base())
         assert len(entries) > 12
         for rank in range(2):
-            assert found[rank, kind][0] == entries
+            assert found[rank][kind][0] == entries
             for name, value in alone.items():
-                assert abs(found[rank, kind][1][name] - value).max() < 1e-9
+                assert abs(found[rank][kind][1][name] - value).max() < 1e-9
 
 
 def test_a_named_encoder_reads_the_rows_as_text_by_its_own_tokenizer(tmp_path):

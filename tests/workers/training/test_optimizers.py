@@ -1,22 +1,17 @@
 """Optimisers in the real loop: groups, rates, resumes and ranks, with the strategy that chooses them and without."""
 
-import multiprocessing
-import os
-import socket
-
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from app.domain.configs.freeze import FreezeConfig
 from app.domain.configs.hybrid import HybridOptimizerConfig
 from app.domain.configs.quadratic import EwcConfig
 from app.errors import TrainingFailed
-from tests.workers.training.runs import CPU, make_plan, make_run, same, tiny_base, weights
+from tests.workers.training.ranked import on_two_ranks
+from tests.workers.training.runs import make_plan, make_run, same, tiny_base, weights
 from workers.strategies.base import OptimizerChoice, Strategy
 from workers.training.checkpoints import load_checkpoint, save_checkpoint
 from workers.training.loop import train_step
-from workers.training.ranks import Ranks
 
 KINDS = ("full", "lora")
 EVERYTHING = HybridOptimizerConfig(
@@ -210,27 +205,14 @@ def run_in_float64(scratch, base, kind, ranks=None):
     return {name: p.detach().numpy() for name, p in run.ctx.params.items()}
 
 
-def train_rank(rank, port, scratch, base, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
-    ranks = Ranks.join(CPU)
-    for kind in KINDS:
-        results[rank, kind] = run_in_float64(scratch, base, kind, ranks)
-    ranks.leave()
-    os._exit(0)  # as the trainer: an interpreter that shuts down beside gloo threads may abort
+def train_rank(ranks, scratch, base):
+    return {kind: run_in_float64(scratch, base, kind, ranks) for kind in KINDS}
 
 
 def test_two_ranks_end_with_the_weights_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        spawn(train_rank, (port, str(tmp_path), str(tiny_base()), results), nprocs=2)
-        found = dict(results)
+    first, second = on_two_ranks(train_rank, str(tmp_path), str(tiny_base()))
     for kind in KINDS:
         alone = run_in_float64(tmp_path, tiny_base(), kind)
         for name, value in alone.items():
-            assert (found[0, kind][name] == found[1, kind][name]).all()
-            assert abs(found[0, kind][name] - value).max() < 1e-10, name
+            assert (first[kind][name] == second[kind][name]).all()
+            assert abs(first[kind][name] - value).max() < 1e-10, name

@@ -1,20 +1,16 @@
 """Progressive tuning in the real loop: resumed mid-way, on two ranks, over two tasks, and from job to job."""
 
-import multiprocessing
-import os
-import socket
 from collections import Counter
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from app.domain.configs.progressive import ProgressiveConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.runplan import StagePlan
 from app.errors import TrainingFailed
+from tests.workers.training.ranked import on_two_ranks
 from tests.workers.training.runs import (
-    CPU,
     ListRows,
     make_plan,
     make_run,
@@ -27,7 +23,6 @@ from tests.workers.training.runs import (
 from workers.strategies.base import Strategy
 from workers.training.checkpoints import load_checkpoint, make_carry, save_checkpoint, set_carry
 from workers.training.loop import start_task, train_step
-from workers.training.ranks import Ranks
 
 CONFIGS = {
     "cone": ProgressiveConfig(
@@ -110,31 +105,21 @@ def run_in_float64(scratch, name, kind, *, ranks=None, base=None, max_tokens=1_0
     return run
 
 
-def train_on_a_rank(rank, port, scratch, base, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
-    ranks = Ranks.join(CPU)
+def train_on_a_rank(ranks, scratch, base):
+    found = {}
     for name in CONFIGS:
         for kind in KINDS:
             run = run_in_float64(scratch, name, kind, ranks=ranks, base=base, max_tokens=120)
             train(run, 7)
-            results[rank, name, kind] = {k: v.numpy() for k, v in weights(run).items()}
-    ranks.leave()
-    os._exit(0)  # as the trainer: an interpreter that shuts down beside gloo threads may abort
+            found[name, kind] = {k: v.numpy() for k, v in weights(run).items()}
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """Weights after seven steps of every configuration on two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    scratch = tmp_path_factory.mktemp("ranks")
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        spawn(train_on_a_rank, (port, str(scratch), str(tiny_base()), results), nprocs=2)
-        return dict(results)
+    scratch = str(tmp_path_factory.mktemp("ranks"))
+    return on_two_ranks(train_on_a_rank, scratch, str(tiny_base()))
 
 
 @kind
@@ -145,7 +130,7 @@ def test_g4_neither_ranks_nor_micro_batches_matter(tmp_path, two_ranks, name, ki
     train(whole, 7)
     for rank in range(2):
         for key, expected in weights(whole).items():
-            found = torch.from_numpy(two_ranks[rank, name, kind][key])
+            found = torch.from_numpy(two_ranks[rank][name, kind][key])
             # Adam divides by the root of gradients near 0, which magnifies their last digits
             assert (found - expected).abs().max() < 1e-8
             assert not torch.equal(expected, start[key]) or "embed" in key or kind == "lora"

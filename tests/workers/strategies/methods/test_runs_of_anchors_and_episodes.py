@@ -1,20 +1,15 @@
 """Anchors over stages, and step owners, on the real loop: resumes bit by bit, and two ranks are one."""
 
-import multiprocessing
-import os
-import socket
-
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from app.domain.configs.meta import MamlProxConfig, ReptileConfig
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig, MasConfig, SiConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.runplan import RowsPlan, StagePlan
 from app.domain.strategies import StrategyConfig
+from tests.workers.training.ranked import on_two_ranks
 from tests.workers.training.runs import (
-    CPU,
     ListRows,
     make_plan,
     make_run,
@@ -27,7 +22,6 @@ from tests.workers.training.runs import (
 from workers.strategies.base import Strategy
 from workers.training.checkpoints import load_checkpoint, save_checkpoint
 from workers.training.loop import train_step
-from workers.training.ranks import Ranks
 
 STAGE_STEPS = 4
 CASES: dict[str, tuple[StrategyConfig, ...]] = {
@@ -148,29 +142,19 @@ def gradients_on_ranks(scratch, name, kind, max_tokens, ranks=None, base=None):
     return found
 
 
-def rank_gradients(rank, port, scratch, base, names, results):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
-    ranks = Ranks.join(CPU)
+def rank_gradients(ranks, scratch, base, names):
+    results = {}
     for name, kind in names:
         found = gradients_on_ranks(scratch, name, kind, 120, ranks, base=base)
-        results[rank, name, kind] = {k: v.numpy() for k, v in found.items()}
-    ranks.leave()
-    os._exit(0)  # as the trainer: an interpreter that shuts down beside gloo threads may abort
+        results[name, kind] = {k: v.numpy() for k, v in found.items()}
+    return results
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """Gradients of every run on two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     scratch = str(tmp_path_factory.mktemp("ranks"))
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        spawn(rank_gradients, (port, scratch, str(tiny_base()), RUNS, results), nprocs=2)
-        return dict(results)
+    return on_two_ranks(rank_gradients, scratch, str(tiny_base()), RUNS)
 
 
 @every_run
@@ -179,9 +163,7 @@ def test_gradients_and_importance_do_not_depend_on_micro_batches_or_ranks(
 ):
     whole = gradients_on_ranks(tmp_path, name, kind, 1_000_000)
     others = [gradients_on_ranks(tmp_path, name, kind, 120)]
-    others += [
-        {k: torch.from_numpy(v) for k, v in two_ranks[rank, name, kind].items()} for rank in (0, 1)
-    ]
+    others += [{k: torch.from_numpy(v) for k, v in rank[name, kind].items()} for rank in two_ranks]
     for other in others:
         for key, value in whole.items():
             torch.testing.assert_close(other[key], value, rtol=0, atol=1e-9)
