@@ -105,17 +105,17 @@ class Cache:
 @cache
 def base_fingerprint() -> str:
     """Of the code that makes base models and rows."""
-    return _fingerprint(BASE_ROOTS)
+    return fingerprint(BASE_ROOTS)
 
 
 @cache
 def trial_fingerprint(kinds: tuple[str, ...]) -> str:
     """Of the code that a trial with these strategies runs: not of the other strategies'."""
     methods = tuple(f"workers.strategies.methods.{kind}" for kind in sorted(kinds))
-    return _fingerprint(TRIAL_ROOTS + methods)
+    return fingerprint(TRIAL_ROOTS + methods)
 
 
-def _fingerprint(roots: Iterable[str]) -> str:
+def fingerprint(roots: Iterable[str]) -> str:
     """Hash of the syntax trees of the modules and all of this project's that they import."""
     seen: dict[str, str] = {}
     waiting = list(roots)

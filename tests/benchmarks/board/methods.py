@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from app.domain.strategies import StrategyConfig, default_strength, needs_general_data
 
 Protocol = Literal["sequence", "joint", "early_stop", "frozen", "oracle_adapters"]
-Group = Literal["strategy", "combination", "control", "curve"]
+Group = Literal["strategy", "combination", "control", "curve", "peer"]
 Fields = Mapping[str, Any]
 
 FULL_RATE, LORA_RATE = 2e-3, 1e-2

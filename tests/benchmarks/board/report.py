@@ -8,11 +8,9 @@ from tests.benchmarks.board.figures import Figures
 from tests.benchmarks.board.findings import compare, findings, merit, targets
 from tests.benchmarks.board.material import SIZES
 from tests.benchmarks.board.methods import FULL_RATE, LORA_RATE, STEPS
-from tests.benchmarks.board.schedule import SEARCH_SEED, SEARCH_STAGES
+from tests.benchmarks.board.selection import SEARCH_SEED, SEARCH_STAGES
 from tests.benchmarks.board.standing import Board, Row
 from workers.demo_model.skills import SEEN, UNSEEN
-
-PEERS = ("Avalanche's EWC", "peft's O-LoRA and OSF", "TRL's distillation")
 
 
 def write_report(board: Board, command: str) -> str:
@@ -63,6 +61,10 @@ def _sections(board: Board) -> Iterable[tuple[str, list[Row]]]:
     methods = board.measured("strategy", "combination")
     yield "With general rows", [row for row in methods if row.general_rows]
     yield "Without general rows", [row for row in methods if not row.general_rows]
+    yield (
+        "Other libraries on the same models, rows, items and search budget",
+        board.measured("peer"),
+    )
     yield "Controls", board.measured("control")
     yield "Plain training at other rates and lengths", board.measured("curve")
 
@@ -143,7 +145,9 @@ def _targets(board: Board) -> list[str]:
 
 def _missing(board: Board) -> list[str]:
     lines = [f"- {row.method.name}: {row.status}." for row in board.unmeasured()]
-    lines += [f"- Peers were not run side by side: {', '.join(PEERS)}."]
+    lines.append(
+        "- peft has no O-LoRA (its `olora` is an initialisation); memory of the other libraries is their model's alone."
+    )
     unfinished = [r.method.name for r in board.rows if "unfinished" in r.setting]
     if unfinished:
         lines.append(f"- Search unfinished, so the setting may change: {', '.join(unfinished)}.")

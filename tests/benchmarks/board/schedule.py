@@ -18,10 +18,8 @@ from pydantic import ValidationError
 from tests.benchmarks.board.cells import Cache, Cell, base_fingerprint
 from tests.benchmarks.board.material import SIZES, base_directory, build_base, load_material
 from tests.benchmarks.board.methods import Method, NotBuilt, resolve
-from tests.benchmarks.board.selection import choose
+from tests.benchmarks.board.selection import SEARCH_SEED, SEARCH_STAGES, choose
 
-SEARCH_SEED = 100  # its base model, rows and order are used by no other part of the board
-SEARCH_STAGES = 2
 TRIAL_SECONDS, BASE_SECONDS = 20.0, 70.0  # of a core, until there are measurements
 Log = Callable[[str], None]
 
@@ -193,7 +191,8 @@ def _make_base(root: Path, seed: int) -> str:
 
 
 @lru_cache(maxsize=2)
-def _material(root: Path, seed: int) -> tuple[Any, Any]:
+def load_seed(root: Path, seed: int) -> tuple[Any, Any]:
+    """A seed's material and its items, tokenised once a process."""
     from tests.benchmarks.board.trial import prepare_items
 
     material = load_material(_directory(root, seed), seed)
@@ -206,7 +205,7 @@ def _run_cell(root: Path, cell: Cell) -> str:
 
     cache = Cache(root / "trials")
     try:
-        material, items = _material(root, cell.seed)
+        material, items = load_seed(root, cell.seed)
         result = run_trial(cell.method, cell.setting, material, items, cell.num_stages)
     except Exception as error:  # noqa: BLE001 - a broken method must not end the board; the report shows it
         traceback.print_exc(file=sys.stderr)

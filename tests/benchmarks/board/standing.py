@@ -7,6 +7,7 @@ from typing import Any
 from tests.benchmarks.board.bootstrap import TwoLevelBootstrap
 from tests.benchmarks.board.figures import Figures, Reference, Result, item_sizes, measure
 from tests.benchmarks.board.methods import Method, uses_general_rows
+from tests.benchmarks.board.peers import PEERS, final_cells
 from tests.benchmarks.board.schedule import Scope, why_left_out
 from tests.benchmarks.board.selection import is_complete
 from tests.benchmarks.board.table import FROZEN, PLAIN
@@ -64,6 +65,7 @@ def stand(scope: Scope) -> Board:
         bootstrap = TwoLevelBootstrap(len(scope.seeds), sizes)
         reference = Reference(bootstrap, base, plain)
     rows = tuple(_row(scope, method, reference) for method in scope.methods)
+    rows += tuple(_peer_row(scope, method, reference) for method in PEERS)
     step = None
     if plain is not None:
         step = sum(r["train_cpu_seconds"] for r in plain) / sum(r["steps"] for r in plain)
@@ -83,6 +85,17 @@ def _row(scope: Scope, method: Method, reference: Reference | None) -> Row:
         return Row(method, None, label, general, _missing(scope, method))
     if not is_complete(scope.cache, search):
         label += ", search unfinished"
+    return Row(method, measure(results, reference), label, general, "")
+
+
+def _peer_row(scope: Scope, method: Method, reference: Reference | None) -> Row:
+    cells = final_cells(method, scope.cache, scope.seeds, scope.num_stages)
+    results: list[Any] = [scope.cache.load(cell) for cell in cells]
+    general = uses_general_rows(method)
+    if reference is None or any(result is None for result in results):
+        status = "not run: `python -m tests.benchmarks.board.peers` where its library is installed"
+        return Row(method, None, "", general, status)
+    label = f"{cells[0].setting.label} ({results[0]['package']})"
     return Row(method, measure(results, reference), label, general, "")
 
 

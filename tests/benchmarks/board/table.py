@@ -178,6 +178,18 @@ COMBINATIONS = (
         group="combination",
     ),
     Method(
+        "ewc (in the loss) + replay",
+        ({"type": "ewc", "penalty_mode": "gradient", "strength": 1.0}, REPLAY),
+        by_strength(10.0, ("ewc",)),
+        group="combination",
+    ),
+    Method(
+        "ewc (in the loss) + distillation",
+        ({"type": "ewc", "penalty_mode": "gradient", "strength": 1.0}, DISTILL),
+        by_strength(10.0, ("ewc",)),
+        group="combination",
+    ),
+    Method(
         "ewc + memory",
         ({"type": "ewc"}, {"type": "memory", "strength": 0.3}),
         by_strength(10.0, ("ewc",)),

@@ -11,8 +11,8 @@ from tests.benchmarks.board.cells import Cache, Cell, trial_fingerprint
 from tests.benchmarks.board.methods import Method, Setting, resolve, uses_general_rows
 from tests.benchmarks.board.plot import draw, pareto, spread
 from tests.benchmarks.board.report import write_report
-from tests.benchmarks.board.schedule import SEARCH_SEED, Scope, why_left_out
-from tests.benchmarks.board.selection import choose, merit
+from tests.benchmarks.board.schedule import Scope, why_left_out
+from tests.benchmarks.board.selection import SEARCH_SEED, choose, merit
 from tests.benchmarks.board.standing import stand
 from tests.benchmarks.board.table import FROZEN, METHODS, PLAIN
 from tests.benchmarks.board.test_figures import trial
@@ -94,16 +94,16 @@ def test_a_trial_is_named_by_what_it_depends_on():
 
 
 def test_code_of_one_strategy_leaves_the_others_results_alone(tmp_path, monkeypatch):
-    before = cells._fingerprint(["tests.benchmarks.board.packing"])
+    before = cells.fingerprint(["tests.benchmarks.board.packing"])
     source = tmp_path / "packing.py"
     found = cells._find("tests.benchmarks.board.packing")
     assert found is not None
     original = found.read_text()
     monkeypatch.setattr(cells, "_find", lambda _: source)
     source.write_text(f"# a comment\n{original}")
-    assert cells._fingerprint(["tests.benchmarks.board.packing"]) == before
+    assert cells.fingerprint(["tests.benchmarks.board.packing"]) == before
     source.write_text(original.replace("packbits", "unpackbits"))
-    assert cells._fingerprint(["tests.benchmarks.board.packing"]) != before
+    assert cells.fingerprint(["tests.benchmarks.board.packing"]) != before
     monkeypatch.undo()
     assert trial_fingerprint(("ewc",)) != trial_fingerprint(("replay",))
 
