@@ -1,13 +1,14 @@
 """Benchmark results that come from outside: `POST /v1/benchmark_results`."""
 
 from datetime import datetime
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
 from app.domain.benchmarks import Scorer
 from app.domain.frozen import Frozen
 
+UNNAMED: Final = "value"  # the metric of a result that names none: the benchmark's own
 #: Names by which a scorer's mean is posted; results under another metric are recorded and never acted on.
 METRICS: dict[Scorer, frozenset[str]] = {
     Scorer.MULTIPLE_CHOICE: frozenset({"multiple_choice", "accuracy", "acc"}),

@@ -1,8 +1,43 @@
 """Early stopping: what counts as an improvement of the watched metric, and what a rollback leaves of it."""
 
-from app.domain.decisions import CheckpointFact, ControllerState, Look
+from collections.abc import Sequence
+
+import numpy as np
+
+from app.domain.benchmarks import Scorer, Scores
+from app.domain.decisions import CheckpointFact, ControllerState, Look, MetricFact
 from app.domain.policy import VALID_LOSS, Policy
 from app.domain.wording import number_text
+
+
+def find_metric(policy: Policy, references: Sequence[str]) -> tuple[str, ...]:
+    """Which of these benchmarks (`name@3`) early stopping watches: the one of that version, else all of the name."""
+    metric = policy.early_stopping.metric
+    if metric == VALID_LOSS:
+        return ()
+    if metric in references:
+        return (metric,)
+    return tuple(found for found in references if found.partition("@")[0] == metric)
+
+
+def read_metric(
+    name: str, scorer: Scorer, values: Scores, tokens: Scores | None
+) -> MetricFact | None:
+    """The mean score over the items that were scored (not NaN), of `nll` in nats per token.
+
+    None where there is none, or where an item gave no finite number: a mean over the rest would flatter.
+    """
+    scored = ~np.isnan(values)
+    found = values[scored].astype(np.float64)
+    if not found.size or not np.isfinite(found).all():
+        return None
+    if scorer is not Scorer.NLL:
+        return MetricFact(name=name, value=float(found.mean()), higher_is_better=True)
+    counts = np.zeros(0) if tokens is None else tokens[scored].astype(np.float64)
+    total = float(counts.sum())
+    if not np.isfinite(total) or total <= 0:
+        return None
+    return MetricFact(name=name, value=float(found.sum()) / total, higher_is_better=False)
 
 
 def count_improvement(policy: Policy, state: ControllerState, look: Look) -> ControllerState:

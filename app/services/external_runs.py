@@ -19,7 +19,7 @@ from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, RetainErro
 from app.services.evaluations import Watch, baseline_key, row_id
 from app.services.events import Level, add_transition
 from app.services.monitoring import refresh_power
-from app.services.watched import Watched, resolve_watched, tighten
+from app.services.watched import Watched, pin_metric, resolve_watched, tighten
 
 MAX_RUNNING = 1000  # a project; a run that nobody ends is followed for ever
 _POLICY_PATH = "retention.policy"  # where a job's policy stands
@@ -45,8 +45,7 @@ def register_run(
     base = CatalogRepository(session).find_model(body.model)
     policy = _policy(session, project_id, body)
     check_levers(body.levers, policy)
-    watched = _watched(session, project_id, base, policy)
-    policy = tighten(policy, watched)
+    watched, policy = _watched(session, project_id, base, policy, is_default=body.policy is None)
     run = Job(
         project_id=project_id,
         kind=JobKind.EXTERNAL,
@@ -208,10 +207,17 @@ def _policy(session: Session, project_id: UUID, body: CreateRun) -> Policy:
 
 
 def _watched(
-    session: Session, project_id: UUID, base: BaseModel | None, policy: Policy
-) -> tuple[Watched, ...]:
+    session: Session,
+    project_id: UUID,
+    base: BaseModel | None,
+    policy: Policy,
+    *,
+    is_default: bool,
+) -> tuple[tuple[Watched, ...], Policy]:
+    """What a run watches, and its policy with the versions of it."""
     try:
         watched = resolve_watched(session, project_id, base, policy.benchmarks)
+        policy = pin_metric(policy, watched, is_default=is_default)
     except (BadRequest, NotFound) as error:
         raise _at_policy(error) from None
     if not watched:
@@ -220,7 +226,7 @@ def _watched(
             "policy.benchmarks",
             "nothing_watched",
         )
-    return watched
+    return watched, tighten(policy, watched)
 
 
 def _at_policy(error: RetainError) -> RetainError:

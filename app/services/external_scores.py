@@ -21,6 +21,7 @@ from app.domain.external import (
 from app.domain.sensing import read_sensor
 from app.errors import BadRequest, Conflict
 from app.services.decisions import RUN, apply_decision, in_force
+from app.services.early_stopping import metric_of
 from app.services.evaluations import (
     EvaluationPoint,
     Watch,
@@ -120,6 +121,7 @@ def record_run_evaluation(
         is_last=body.is_last,
         reading=reading,
         valid_loss=body.valid_loss,
+        metric=metric_of(watch, scores),
         train_loss_finite=body.losses_finite,
         repair_possible=False,  # the weights are the trainer's, so they can't be searched here
         checkpoints=_facts(session, run, body, reading),

@@ -37,6 +37,7 @@ from app.services.decisions import (
     list_facts,
     roll_back_of,
 )
+from app.services.early_stopping import metric_of
 from app.services.evaluations import (
     EvaluationPoint,
     Watch,
@@ -144,6 +145,7 @@ def record_evaluation(
         is_last=message.is_last,
         reading=reading,
         valid_loss=message.valid_loss,
+        metric=metric_of(watch, message.scores),
         train_loss_finite=message.losses_finite,
         checkpoints=list_facts(history, job),
     )

@@ -12,16 +12,18 @@ from app.db.models import (
     ModelVersion,
 )
 from app.db.repositories.history import HistoryRepository
+from app.domain.benchmarks import BenchmarkKind
 from app.domain.decisions import Action, Look, Reading, Verdict
 from app.domain.identifiers import parse_id
 from app.domain.monitors import MonitorOutcome
-from app.domain.results import METRICS, PostedResult, PostedResults
+from app.domain.results import METRICS, UNNAMED, PostedResult, PostedResults
 from app.domain.runplan import BenchmarkPlan
 from app.domain.scopes import Caller, Scope
 from app.domain.sensing import SensedBenchmark, read_sensor
 from app.domain.states import JobState
 from app.errors import Conflict, NotFound
 from app.services.decisions import apply_decision, in_force, list_facts
+from app.services.early_stopping import metric_plan, posted_metric
 from app.services.evaluations import Watch, fill_scores, load_watch, row_id, sense
 from app.services.orders import give_order
 from app.services.posted import align_items, check_range, summarise, value_of
@@ -49,10 +51,11 @@ class _Subject:
     watch: Watch | None
 
     def find_plan(self, benchmark: str) -> BenchmarkPlan | None:
-        """The watched general benchmark behind `name` or `name@version`."""
+        """The benchmark behind `name` or `name@version`, of the watched general ones and early stopping's."""
         if self.watch is None:
             return None
-        for plan in self.watch.general():
+        stopping = metric_plan(self.watch)
+        for plan in [*self.watch.general(), *([] if stopping is None else [stopping])]:
             name = plan.name.partition("@")[0]
             version = self.watch.versions[row_id(plan.benchmark_version_id)].version
             if benchmark in {name, f"{name}@{version}"}:
@@ -117,7 +120,7 @@ def _record_look(
         and Scope.RESULTS_ACT in caller.scopes
         and reading.verdict not in {Verdict.NO_DATA, Verdict.AT_FLOOR}
     )
-    decision = _act(session, subject, reading, evaluations[0]) if may_act else None
+    decision = _act(session, subject, reading, evaluations) if may_act else None
     return RecordedLook(tuple(evaluations), reading, decision)
 
 
@@ -177,9 +180,8 @@ def _record_result(
         found = sense(session, subject.watch, plan, None, None, summary)
     session.flush()
     is_comparable = result.metric is None or result.metric in METRICS[plan.scorer]
-    return row, found if is_comparable and (
-        values is not None or found.summary is not None
-    ) else None
+    is_read = is_comparable and (values is not None or found.summary is not None)
+    return row, found if is_read and plan.kind is BenchmarkKind.GENERAL else None
 
 
 def _build_row(subject: _Subject, result: PostedResult) -> Evaluation:
@@ -190,7 +192,7 @@ def _build_row(subject: _Subject, result: PostedResult) -> Evaluation:
         job_id=subject.job.id if subject.model is None else None,
         model_version_id=None if subject.model is None else subject.model.id,
         benchmark=result.benchmark,
-        metric=result.metric or "value",
+        metric=result.metric or UNNAMED,
         purpose="monitor",
         source="external",
         branch=subject.job.branch if subject.model is None else None,
@@ -206,23 +208,23 @@ def _build_row(subject: _Subject, result: PostedResult) -> Evaluation:
 
 
 def _act(
-    session: Session, subject: _Subject, reading: Reading, evaluation: Evaluation
+    session: Session, subject: _Subject, reading: Reading, evaluations: Sequence[Evaluation]
 ) -> DecisionRow:
     """Decides on the look, and gives the trainer an order where anything is to be done."""
-    history, job = HistoryRepository(session), subject.job
-    branch = job.branch
+    history, job, watch = HistoryRepository(session), subject.job, subject.watch
+    branch, evaluation = job.branch, evaluations[0]
+    if watch is None:
+        raise Conflict("The job has not started yet.", "subject.id")
     look = Look(
         branch=branch,
         step=job.step if evaluation.step is None else evaluation.step,
         is_last=False,
         reading=reading,
         valid_loss=None,
+        metric=posted_metric(session, job, watch, evaluations),
         repair_possible=False,  # an order changes coefficients and rolls back, it searches no weights
         checkpoints=list_facts(history, job),
     )
-    watch = subject.watch
-    if watch is None:
-        raise Conflict("The job has not started yet.", "subject.id")
     row = apply_decision(session, job, watch.policy, look, origin=f"external:{evaluation.id}")
     if in_force(row).action is not Action.KEEP:
         give_order(session, job, row)

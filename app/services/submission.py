@@ -18,7 +18,7 @@ from app.domain.benchmarks import DEFAULT_GATE_ITEMS
 from app.domain.configs.base import CAUSAL_LM
 from app.domain.conflicts import Surroundings, check_conflicts
 from app.domain.identifiers import parse_id
-from app.domain.policy import Policy
+from app.domain.policy import VALID_LOSS, Policy
 from app.domain.power import PlannedBenchmark, Power, power
 from app.domain.runplan import BasePlan
 from app.domain.spec import CreateJob, JobSpec
@@ -36,7 +36,7 @@ from app.services.events import add_job_event, add_transition
 from app.services.files import FINE_TUNE, PROCESSED
 from app.services.named_models import check_named_models, model_kind
 from app.services.submit_warnings import warn_of_floors, warn_of_spec
-from app.services.watched import Watched, required_policy, resolve_watched, tighten
+from app.services.watched import Watched, pin_metric, required_policy, resolve_watched, tighten
 
 GUESSED_ROW_BYTES: Final = 512  # of a file that is still being checked; settled when it is
 
@@ -282,7 +282,7 @@ def _resolve_policy(
     body: CreateJob,
     chosen: ResolvedStrategies,
 ) -> tuple[Policy | None, tuple[Watched, ...]]:
-    """The policy with the versions it watches; None where nothing can drop and nothing has to rise."""
+    """The policy with the versions it watches; None where nothing can drop, has to rise or stops the job."""
     is_off = body.retention is None
     policy = (
         required_policy(project)
@@ -290,7 +290,13 @@ def _resolve_policy(
         else resolve_policy(body.retention, chosen.strategies, project.default_policy)
     )
     watched = resolve_watched(session, project.id, base, policy.benchmarks, is_off=is_off)
-    if not any(found.is_general or found.expect == "rise" for found in watched):
+    is_default = body.retention is not None and "policy" not in body.retention.model_fields_set
+    policy = pin_metric(policy, watched, is_default=is_default)
+    stopping = policy.early_stopping
+    stops_by_benchmark = stopping.enabled and stopping.metric != VALID_LOSS
+    if not stops_by_benchmark and not any(
+        found.is_general or found.expect == "rise" for found in watched
+    ):
         return None, watched
     return tighten(policy, watched), watched
 

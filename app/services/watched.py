@@ -15,7 +15,8 @@ from app.db.repositories.benchmarks import (
     SuiteBenchmark,
 )
 from app.domain.benchmarks import BenchmarkKind, Scorer
-from app.domain.policy import EarlyStopping, Policy, WatchedBenchmark
+from app.domain.policy import VALID_LOSS, EarlyStopping, Policy, WatchedBenchmark
+from app.domain.stopping import find_metric
 from app.errors import BadRequest, NotFound
 
 DEFAULTS: Final = Policy()
@@ -115,6 +116,41 @@ def tighten(policy: Policy, watched: Sequence[Watched]) -> Policy:
             "benchmarks": tuple(found.pinned for found in watched),
             "max_nll_increase": min([policy.max_nll_increase, *limits]),
         }
+    )
+
+
+def pin_metric(policy: Policy, watched: Sequence[Watched], *, is_default: bool) -> Policy:
+    """The policy with early stopping's benchmark pinned to its version.
+
+    A project's default policy that names one which the job does not watch falls back to the validation loss:
+    it is the project's wish, not the job's.
+
+    Args:
+        policy: Of the job.
+        watched: What the job watches.
+        is_default: The policy is the project's.
+
+    Raises:
+        BadRequest: The job's own policy names none that it watches, or a name of which it watches several versions.
+    """
+    stopping = policy.early_stopping
+    if stopping.metric == VALID_LOSS:
+        return policy
+    found = find_metric(policy, [each.benchmark.reference for each in watched])
+    if len(found) == 1:
+        metric = found[0]
+    elif is_default:
+        metric = VALID_LOSS
+    else:
+        path = "retention.policy.early_stopping.metric"
+        wrong = (
+            f"names several versions ({', '.join(found)}); give one"
+            if found
+            else f"is neither '{VALID_LOSS}' nor a benchmark that the job watches"
+        )
+        raise BadRequest(f"{path}: '{stopping.metric}' {wrong}.", path, "unknown_metric")
+    return policy.model_copy(
+        update={"early_stopping": stopping.model_copy(update={"metric": metric})}
     )
 
 

@@ -135,6 +135,20 @@ class HistoryRepository:
         )
         return {version_id for version_id in found if version_id is not None}
 
+    def find_latest_gate(self, job_id: UUID, version_id: UUID) -> Evaluation | None:
+        """A run's newest scores of its own on a benchmark version; None before its first evaluation."""
+        return self._session.scalar(
+            select(Evaluation)
+            .where(
+                Evaluation.job_id == job_id,
+                Evaluation.benchmark_version_id == version_id,
+                Evaluation.purpose == "gate",
+                Evaluation.source == "run",
+            )
+            .order_by(Evaluation.seq.desc())
+            .limit(1)
+        )
+
     def find_baseline(
         self, baseline_key: str, version_id: UUID, *, lock: bool = False
     ) -> Evaluation | None:
