@@ -25,7 +25,9 @@ from app.domain.policy import Policy
 from app.domain.proposals import mark_proposal
 from app.domain.staging import cross_stages
 from app.domain.stopping import (
+    EARLY_STOPPING,
     count_improvement,
+    counted_anew,
     describe_exhaustion,
     is_exhausted,
     rewind_metric,
@@ -59,7 +61,7 @@ def _decide(
 ) -> Decision:
     state = state.model_copy(update={"evals": state.evals + 1, "branch": look.branch})
     reading = look.reading
-    if reading.not_finite or not look.train_loss_finite:
+    if not look.is_finite:
         return _roll_back(
             policy,
             levers,
@@ -91,7 +93,7 @@ def _settle(
         return Decision(
             action=Action.STOP,
             reason=f"{describe_exhaustion(policy, state)} {describe_reading(look.reading)}",
-            code="early_stopping",
+            code=EARLY_STOPPING,
             state=state,
         )
     if not look.is_gate:
@@ -116,17 +118,22 @@ def _follow_law(
     *,
     was_cooling: bool,
 ) -> Decision | None:
-    """What the law of `dual` turns; it lowers nothing while a change before it still settles."""
+    """What the law of `dual` turns; it lowers nothing while a change before it still settles.
+
+    A raise makes the objective another, so patience counts anew.
+    """
     turn = find_turn(policy.dual, levers, state, reading)
     if turn is None or (was_cooling and turn.after < turn.before):
         return None
     is_raise = turn.after > turn.before
-    counted = raised_by_law(state, turn, reading) if is_raise else state
+    counted = state.model_copy(update={"cool_down": policy.ladder.cool_down_evals})
+    if is_raise:
+        counted = _changed(policy, raised_by_law(state, turn, reading))
     return Decision(
         action=Action.RAISE_STRENGTH if is_raise else Action.LOWER_STRENGTH,
         reason=(
             f"{describe_reading(reading)} By its estimate, smoothed to"
-            f" {number_text(1.0 + (state.excess_smoothed or 0.0))} times the limit: {turn.lever.strategy}"
+            f" {number_text(1.0 + (state.excess_smoothed or 0.0))} times its aim: {turn.lever.strategy}"
             f" strength {number_text(turn.before)} -> {number_text(turn.after)}."
         ),
         code="law_raised" if is_raise else "law_lowered",
@@ -379,6 +386,4 @@ def _target(look: Look) -> CheckpointFact | None:
 
 def _changed(policy: Policy, state: ControllerState) -> ControllerState:
     """After a change the objective is another: patience counts anew, and lowering waits."""
-    return state.model_copy(
-        update={"evals_without_improvement": 0, "cool_down": policy.ladder.cool_down_evals}
-    )
+    return counted_anew(state).model_copy(update={"cool_down": policy.ladder.cool_down_evals})

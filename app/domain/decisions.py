@@ -118,9 +118,10 @@ class ControllerState(Frozen):
     evals: int = 0
     best_scores: tuple[tuple[int, float], ...] = ()  # (step, value) where the benchmark that early
     # stopping watches became better than ever; a rollback drops those after its target
-    excess_smoothed: float | None = None  # dual: of drop / limit - 1, the worst, held within a step
+    excess_smoothed: float | None = None  # dual: of drop / aim - 1, the worst, held within a step
     law_factor: float = 1.0  # dual: strength gained in a row on estimates alone
     law_excess: float | None = None  # dual: the worst drop / limit when that row began
+    stop_proposed: bool = False  # dry run: since the metric last improved, so it is not said again
 
 
 class CheckpointFact(Frozen):
@@ -165,6 +166,11 @@ class Look(Frozen):
     repair_possible: bool = True
     checkpoints: tuple[CheckpointFact, ...] = ()
     stages: tuple[StageFact, ...] = ()  # empty: one stage
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss and every score of a general benchmark are numbers."""
+        return self.train_loss_finite and not self.reading.not_finite
 
     @property
     def is_gate(self) -> bool:

@@ -16,6 +16,7 @@ from app.domain.decisions import (
 from app.domain.frozen import Frozen
 from app.domain.levers import with_strength
 from app.domain.policy import Policy
+from app.domain.stopping import counted_anew
 from app.domain.wording import number_text
 from app.errors import BadRequest, Conflict
 
@@ -251,6 +252,4 @@ def _turned(state: ControllerState) -> tuple[dict[str, float], float]:
 
 def _settled(policy: Policy, state: ControllerState) -> ControllerState:
     """After a change patience counts anew, and lowering waits, as after the controller's own."""
-    return state.model_copy(
-        update={"evals_without_improvement": 0, "cool_down": policy.ladder.cool_down_evals}
-    )
+    return counted_anew(state).model_copy(update={"cool_down": policy.ladder.cool_down_evals})

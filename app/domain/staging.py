@@ -153,6 +153,7 @@ def _carry(
             "best_valid_loss": None,
             "best_scores": (),
             "evals_without_improvement": 0,
+            "stop_proposed": False,
         }
     )
 

@@ -1,6 +1,7 @@
 """Early stopping: what counts as an improvement of the watched metric, and what a rollback leaves of it."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
@@ -8,6 +9,8 @@ from app.domain.benchmarks import Scorer, Scores
 from app.domain.decisions import CheckpointFact, ControllerState, Look, MetricFact
 from app.domain.policy import VALID_LOSS, Policy
 from app.domain.wording import number_text
+
+EARLY_STOPPING: Final = "early_stopping"  # the code of its decisions
 
 
 def find_metric(policy: Policy, references: Sequence[str]) -> tuple[str, ...]:
@@ -48,20 +51,28 @@ def count_improvement(policy: Policy, state: ControllerState, look: Look) -> Con
 
 
 def is_exhausted(policy: Policy, state: ControllerState) -> bool:
-    """Whether the patience is used up."""
+    """Whether the patience is used up; in a dry run, which trains on, only until that has been proposed."""
     stopping = policy.early_stopping
-    return stopping.enabled and state.evals_without_improvement >= stopping.patience
+    if not stopping.enabled or (policy.dry_run and state.stop_proposed):
+        return False
+    return state.evals_without_improvement >= stopping.patience
 
 
 def describe_exhaustion(policy: Policy, state: ControllerState) -> str:
-    """Why training stops, with the numbers."""
+    """Why training stops, or in a dry run would, with the numbers."""
     metric = policy.early_stopping.metric
     best = state.best_valid_loss if metric == VALID_LOSS else _best_score(state)
     name = "Validation cross-entropy" if metric == VALID_LOSS else metric
+    proposal = " A dry run: training goes on, and this is proposed once." if policy.dry_run else ""
     return (
         f"{name} has not improved on {number_text(best)}"
-        f" for {state.evals_without_improvement} evaluations."
+        f" for {state.evals_without_improvement} evaluations.{proposal}"
     )
+
+
+def counted_anew(state: ControllerState) -> ControllerState:
+    """The state with all patience left, after something that makes the objective another."""
+    return state.model_copy(update={"evals_without_improvement": 0, "stop_proposed": False})
 
 
 def rewind_metric(
@@ -86,7 +97,7 @@ def _count_loss(policy: Policy, state: ControllerState, look: Look) -> Controlle
     if loss is None:
         return state
     if best is None or loss < best - policy.early_stopping.min_delta:
-        return state.model_copy(update={"best_valid_loss": loss, "evals_without_improvement": 0})
+        return counted_anew(state).model_copy(update={"best_valid_loss": loss})
     return _wait(policy, state)
 
 
@@ -98,7 +109,7 @@ def _count_score(policy: Policy, state: ControllerState, look: Look) -> Controll
     sign = 1.0 if metric.higher_is_better else -1.0
     if best is None or sign * (metric.value - best) > policy.early_stopping.min_delta:
         bests = (*state.best_scores, (look.step, metric.value))
-        return state.model_copy(update={"best_scores": bests, "evals_without_improvement": 0})
+        return counted_anew(state).model_copy(update={"best_scores": bests})
     return _wait(policy, state)
 
 

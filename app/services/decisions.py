@@ -30,6 +30,7 @@ from app.domain.publishing import choose_checkpoint
 from app.domain.spec import JobSpec
 from app.domain.staging import stage_facts, stage_strategies, trained_stage
 from app.domain.states import JobKind
+from app.domain.stopping import EARLY_STOPPING
 from app.services.events import add_job_event
 from app.services.webhooks import emit_event
 
@@ -136,6 +137,7 @@ def write_decision(
 def in_force(row: DecisionRow) -> Decision:
     """What is carried out: the decision, but of a mere proposal nothing."""
     return carried_out(
+        Policy.model_validate(row.evidence["policy"]),
         Decision.model_validate(row.decision),
         ControllerState.model_validate(row.evidence["state"]),
         Look.model_validate(row.evidence["look"]),
@@ -254,7 +256,7 @@ def _tell(
         },
     }
     proposed = "proposed " if decision.is_proposal else ""
-    calm = decision.action in CALM or decision.code == "early_stopping"
+    calm = decision.action in CALM or decision.code == EARLY_STOPPING
     add_job_event(
         session,
         job,

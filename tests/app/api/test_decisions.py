@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from app.db.models import DecisionRow, Job, JobOrder, WebhookEvent
 from app.domain.identifiers import public_id
 from app.domain.messages import Order
-from app.domain.policy import Ladder, Policy
+from app.domain.policy import EarlyStopping, Ladder, Policy
 from app.domain.replay import replay
 from app.domain.scopes import Scope
 from app.services.monitoring import record_evaluation
@@ -256,6 +256,32 @@ def test_a_dry_run_only_proposes(dry: Told) -> None:
     log = dry.api.client.get(dry.path.replace("decisions", "events")).json()["data"]
     assert any(event["message"].startswith("Step 30: proposed raise_strength.") for event in log)
     assert raised != back
+
+
+def test_a_dry_run_proposes_an_early_stop_once_and_it_can_be_accepted(api: Api) -> None:
+    dry = Told(api, DRY.model_copy(update={"early_stopping": EarlyStopping(patience=2)}))
+    paths = [dry.evaluate(step) for step in (30, 60)]
+    paths += [dry.evaluate(90, 80)]  # a raise is proposed, and the look counts
+    paths += [dry.evaluate(step) for step in (120, 150)]
+    shown = api.client.get(dry.path).json()["data"][::-1]
+    assert [(row["action"], row["state"]) for row in shown] == [
+        ("keep", "applied"),
+        ("keep", "applied"),
+        ("raise_strength", "proposed"),
+        ("stop", "proposed"),
+        ("keep", "applied"),
+    ]
+    assert "for 3 evaluations. A dry run: training goes on" in shown[3]["reason"]
+    rows = dry.session.scalars(select(DecisionRow).order_by(DecisionRow.seq)).all()
+    assert not any(row.reply["finish"] for row in rows)
+    events = dry.session.scalars(select(WebhookEvent.type).order_by(WebhookEvent.seq)).all()
+    assert events.count("retention.proposed") == 2
+    answer = api.client.post(f"{paths[3]}/accept", json={})
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["action"], answer.json()["code"]) == ("stop", "early_stopping")
+    assert [order.stop for order in dry.orders()] == [True]
+    for row in dry.session.scalars(select(DecisionRow)):
+        assert replay(row.evidence).model_dump(mode="json") == row.decision
 
 
 def test_a_proposal_is_accepted_while_it_applies(dry: Told) -> None:
