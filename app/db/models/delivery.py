@@ -32,8 +32,8 @@ class IdempotencyKey(Base):
     __tablename__ = "idempotency_keys"
 
     project_id: Mapped[UUID] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    route: Mapped[str] = mapped_column(primary_key=True)  # method and path
     key: Mapped[str] = mapped_column(primary_key=True)
-    route: Mapped[str]  # method and path
     body_sha256: Mapped[str]
     status_code: Mapped[int | None]  # null while the first request runs
     response: Mapped[dict[str, Any] | None]

@@ -49,6 +49,19 @@ class Job(Record):
             postgresql_where=text("state IN ('running', 'pausing')"),
         ),
         Index("ix_jobs_project", "project_id", "kind", "seq"),
+        Index(  # a project's head of the queue, and how many of its jobs wait
+            "ix_jobs_waiting",
+            "project_id",
+            text("priority DESC"),
+            "seq",
+            postgresql_where=text("state IN ('queued', 'validating_files')"),
+        ),
+        Index(  # when a project was last given a slot
+            "ix_jobs_started",
+            "project_id",
+            "started_at",
+            postgresql_where=text("started_at IS NOT NULL"),
+        ),
     )
 
     project_id: Mapped[UUID] = mapped_column(ForeignKey("projects.id"))

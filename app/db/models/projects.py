@@ -19,6 +19,10 @@ class Project(Record):
     name: Mapped[str] = mapped_column(unique=True)
     default_policy: Mapped[dict[str, Any] | None]  # a Policy; None: the built-in one
     retention_mandatory: Mapped[bool] = mapped_column(server_default=text("false"))
+    #: Quotas; None: the server's own.
+    max_queued_jobs: Mapped[int | None]
+    max_running_jobs: Mapped[int | None]
+    max_storage_bytes: Mapped[int | None]
 
 
 class ApiKey(Record):
@@ -34,3 +38,4 @@ class ApiKey(Record):
     expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]  # written at most once a minute
     revoked_at: Mapped[datetime | None]
+    rotated_from_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id"))
