@@ -1,5 +1,8 @@
 """First schema: accounts, catalog, jobs and their history, registry, webhooks, delivery."""
 
+from datetime import datetime
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
@@ -8,6 +11,21 @@ revision = "0001"
 down_revision = None
 branch_labels = None
 depends_on = None
+
+
+def _time(name: str) -> sa.Column[datetime]:
+    """A moment that is the database's present unless given."""
+    now = sa.text("clock_timestamp()")
+    return sa.Column(name, sa.DateTime(timezone=True), server_default=now, nullable=False)
+
+
+def _record() -> tuple[sa.Column[Any], ...]:
+    """The columns of every record, which come after its own."""
+    return (
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        _time("created_at"),
+    )
 
 
 def upgrade() -> None:
@@ -22,14 +40,7 @@ def upgrade() -> None:
         sa.Column(
             "retention_mandatory", sa.Boolean(), server_default=sa.text("false"), nullable=False
         ),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_projects")),
         sa.UniqueConstraint("name", name=op.f("uq_projects_name")),
         sa.UniqueConstraint("seq", name=op.f("uq_projects_seq")),
@@ -41,12 +52,7 @@ def upgrade() -> None:
         sa.Column("num_slots", sa.BigInteger(), nullable=False),
         sa.Column("num_free", sa.BigInteger(), nullable=False),
         sa.Column("device", sa.Text(), nullable=False),
-        sa.Column(
-            "seen_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("seen_at"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
     )
     op.create_table(
@@ -59,14 +65,7 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("last_used_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("revoked_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["project_id"], ["projects.id"], name=op.f("fk_api_keys_project_id_projects")
         ),
@@ -79,14 +78,7 @@ def upgrade() -> None:
         "benchmarks",
         sa.Column("project_id", sa.Uuid(), nullable=True),
         sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["project_id"], ["projects.id"], name=op.f("fk_benchmarks_project_id_projects")
         ),
@@ -114,14 +106,7 @@ def upgrade() -> None:
         ),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["project_id"], ["projects.id"], name=op.f("fk_files_project_id_projects")
         ),
@@ -139,12 +124,7 @@ def upgrade() -> None:
         sa.Column(
             "response", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=True
         ),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("created_at"),
         sa.ForeignKeyConstraint(
             ["project_id"], ["projects.id"], name=op.f("fk_idempotency_keys_project_id_projects")
         ),
@@ -166,21 +146,9 @@ def upgrade() -> None:
         sa.Column(
             "failures_in_a_row", sa.BigInteger(), server_default=sa.text("0"), nullable=False
         ),
-        sa.Column(
-            "updated_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("updated_at"),
         sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["project_id"], ["projects.id"], name=op.f("fk_webhook_endpoints_project_id_projects")
         ),
@@ -203,14 +171,7 @@ def upgrade() -> None:
         ),
         sa.Column("has_chat_template", sa.Boolean(), nullable=False),
         sa.Column("general_file_id", sa.Uuid(), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["general_file_id"], ["files.id"], name=op.f("fk_base_models_general_file_id_files")
         ),
@@ -251,14 +212,7 @@ def upgrade() -> None:
         sa.Column("items_sha256", sa.Text(), nullable=False),
         sa.Column("num_items", sa.BigInteger(), nullable=False),
         sa.Column("chance", sa.Double(), nullable=False),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["benchmark_id"],
             ["benchmarks.id"],
@@ -334,12 +288,7 @@ def upgrade() -> None:
         sa.Column("queue", sa.Text(), server_default=sa.text("'default'"), nullable=False),
         sa.Column("priority", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("num_gpus", sa.BigInteger(), server_default=sa.text("1"), nullable=False),
-        sa.Column(
-            "not_before",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("not_before"),
         sa.Column("last_rung_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("worker_id", sa.Text(), nullable=True),
         sa.Column("lease_expires_at", sa.DateTime(timezone=True), nullable=True),
@@ -384,14 +333,7 @@ def upgrade() -> None:
             "report", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=True
         ),
         sa.Column("model_version_id", sa.Uuid(), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.CheckConstraint(
             "(state IN ('running', 'pausing')) = (worker_id IS NOT NULL AND lease_expires_at IS NOT NULL)",
             name=op.f("ck_jobs_lease_goes_with_state"),
@@ -495,14 +437,7 @@ def upgrade() -> None:
         sa.Column(
             "metrics", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False
         ),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_checkpoints_job_id_jobs")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_checkpoints")),
         sa.UniqueConstraint(
@@ -524,14 +459,7 @@ def upgrade() -> None:
         sa.Column(
             "data", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=True
         ),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_events_job_id_jobs")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_job_events")),
         sa.UniqueConstraint("job_id", "sequence", name=op.f("uq_job_events_job_id_sequence")),
@@ -546,14 +474,7 @@ def upgrade() -> None:
             "order", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False
         ),
         sa.Column("effective_step", sa.BigInteger(), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_orders_job_id_jobs")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_job_orders")),
         sa.UniqueConstraint("job_id", "version", name=op.f("uq_job_orders_job_id_version")),
@@ -563,20 +484,10 @@ def upgrade() -> None:
         "outbox",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("job_id", sa.Uuid(), nullable=False),
-        sa.Column(
-            "available_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("available_at"),
         sa.Column("tries", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("done_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("created_at"),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_outbox_job_id_jobs")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_outbox")),
     )
@@ -595,14 +506,7 @@ def upgrade() -> None:
         sa.Column(
             "payload", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False
         ),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["job_id"], ["jobs.id"], name=op.f("fk_webhook_events_job_id_jobs")
         ),
@@ -640,14 +544,7 @@ def upgrade() -> None:
             "carry", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=True
         ),
         sa.Column("target_checkpoint_id", sa.Uuid(), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_decisions_job_id_jobs")),
         sa.ForeignKeyConstraint(
             ["project_id"], ["projects.id"], name=op.f("fk_decisions_project_id_projects")
@@ -688,14 +585,7 @@ def upgrade() -> None:
         ),
         sa.Column("reason", sa.Text(), nullable=True),
         sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["base_model_id"],
             ["base_models.id"],
@@ -742,25 +632,13 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.Column("tries", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
-        sa.Column(
-            "next_try_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("next_try_at"),
         sa.Column("claimed_until", sa.DateTime(timezone=True), nullable=True),
         sa.Column("delivered_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("last_status", sa.BigInteger(), nullable=True),
         sa.Column("last_error", sa.Text(), nullable=True),
         sa.Column("last_reply", sa.Text(), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["endpoint_id"],
             ["webhook_endpoints.id"],
@@ -805,20 +683,8 @@ def upgrade() -> None:
         sa.Column("is_paired", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column("scores", sa.LargeBinary(), nullable=True),
         sa.Column("tokens", sa.LargeBinary(), nullable=True),
-        sa.Column(
-            "measured_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("measured_at"),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["benchmark_version_id"],
             ["benchmark_versions.id"],

@@ -1,5 +1,8 @@
 """Registered models with versions and aliases, and monitors of what is deployed."""
 
+from datetime import datetime
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
@@ -8,6 +11,21 @@ revision = "0004"
 down_revision = "0003"
 branch_labels = None
 depends_on = None
+
+
+def _time(name: str) -> sa.Column[datetime]:
+    """A moment that is the database's present unless given."""
+    now = sa.text("clock_timestamp()")
+    return sa.Column(name, sa.DateTime(timezone=True), server_default=now, nullable=False)
+
+
+def _record() -> tuple[sa.Column[Any], ...]:
+    """The columns of every record, which come after its own."""
+    return (
+        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        _time("created_at"),
+    )
 
 
 def upgrade() -> None:
@@ -22,20 +40,8 @@ def upgrade() -> None:
         sa.Column("gate", sa.Text(), nullable=False),
         sa.Column("max_cumulative_drop", sa.Double(), nullable=True),
         sa.Column("version_count", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
-        sa.Column(
-            "updated_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("updated_at"),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["project_id"], ["projects.id"], name=op.f("fk_registered_models_project_id_projects")
         ),
@@ -51,14 +57,7 @@ def upgrade() -> None:
         sa.Column("version", sa.BigInteger(), nullable=False),
         sa.Column("model_version_id", sa.Uuid(), nullable=False),
         sa.Column("description", sa.Text(), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["model_version_id"],
             ["model_versions.id"],
@@ -94,20 +93,8 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("version_id", sa.Uuid(), nullable=True),
         sa.Column("revision", sa.BigInteger(), nullable=False),
-        sa.Column(
-            "moved_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("moved_at"),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["registered_model_id"],
             ["registered_models.id"],
@@ -139,14 +126,7 @@ def upgrade() -> None:
             "details", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False
         ),
         sa.Column("compensation_job_id", sa.Uuid(), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.CheckConstraint(
             "NOT forced OR reason IS NOT NULL", name=op.f("ck_alias_changes_force_has_a_reason")
         ),
@@ -188,21 +168,9 @@ def upgrade() -> None:
         sa.Column("stale_after_hours", sa.Double(), nullable=True),
         sa.Column("last_result_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("stale_since", sa.DateTime(timezone=True), nullable=True),
-        sa.Column(
-            "updated_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("updated_at"),
         sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["alias_id"], ["aliases.id"], name=op.f("fk_monitors_alias_id_aliases")
         ),
@@ -238,14 +206,7 @@ def upgrade() -> None:
         sa.Column("job_id", sa.Uuid(), nullable=False),
         sa.Column("lever", sa.Text(), nullable=True),
         sa.Column("change", sa.Text(), nullable=False),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_compensations_job_id_jobs")),
         sa.ForeignKeyConstraint(
             ["model_version_id"],
@@ -277,24 +238,12 @@ def upgrade() -> None:
         sa.Column(
             "reading", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False
         ),
-        sa.Column(
-            "measured_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        _time("measured_at"),
         sa.Column("alias_change_id", sa.Uuid(), nullable=True),
         sa.Column(
             "outcome", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False
         ),
-        sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), sa.Identity(always=True), nullable=False),
-        sa.Column(
-            "created_at",
-            sa.DateTime(timezone=True),
-            server_default=sa.text("clock_timestamp()"),
-            nullable=False,
-        ),
+        *_record(),
         sa.ForeignKeyConstraint(
             ["alias_change_id"],
             ["alias_changes.id"],
