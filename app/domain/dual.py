@@ -30,6 +30,22 @@ def worst_excess(reading: Reading) -> float | None:
     return max(ratios, default=None)
 
 
+def aimed_excess(law: Dual, reading: Reading) -> float | None:
+    """The worst estimate as a multiple of what the law aims at; None where nothing was measured.
+
+    It aims below the limit by the width of the 95 % upper bound, at most by half the limit, as searches along
+    the line to the base do: at the limit itself no checkpoint passes, so none that was trained to the end
+    could be published as good.
+    """
+    ratios = [
+        drop / (limit - min(law.headroom * (upper - drop), limit / 2))
+        for drop, upper, limit in [(reading.drop, reading.upper, reading.limit)]
+        + [(b.drop, b.upper, b.limit) for b in reading.benchmarks]
+        if drop is not None and upper is not None and limit is not None
+    ]
+    return max(ratios, default=None)
+
+
 def next_strength(law: Dual, strength: float, error: float, *, floor: float, cap: float) -> float:
     """Card 7's law on log strength: strength * exp(kappa * error), within its bounds.
 
@@ -39,7 +55,7 @@ def next_strength(law: Dual, strength: float, error: float, *, floor: float, cap
     Args:
         law: Its constants.
         strength: In force, above 0.
-        error: (drop - limit) / limit, smoothed.
+        error: (drop - aim) / aim, smoothed.
         floor: Lowest strength.
         cap: Highest strength.
     """
@@ -50,7 +66,7 @@ def next_strength(law: Dual, strength: float, error: float, *, floor: float, cap
 
 def observe(law: Dual, state: ControllerState, reading: Reading) -> ControllerState:
     """The state with this evaluation in the smoothed error, which never exceeds what one step can use."""
-    excess = worst_excess(reading)
+    excess = aimed_excess(law, reading)
     if excess is None:
         return state
     most = math.log(law.max_factor) / law.kappa
@@ -80,10 +96,10 @@ def find_turn(
 ) -> Turn | None:
     """What the law moves after an evaluation without a confirmed regression; None: nothing worth an order.
 
-    The first lever below its cap is raised, the last one above its floor is lowered; the newest error and
-    the smoothed one must agree. An armed strategy stays off: only a confirmed drop activates it.
+    The first lever below its cap is raised toward the aim, the last one above its floor is lowered toward the
+    dead zone's edge; the newest error and the smoothed one must agree. An armed strategy stays off: only a confirmed drop activates it.
     """
-    excess, error = worst_excess(reading), state.excess_smoothed
+    excess, error = aimed_excess(law, reading), state.excess_smoothed
     if excess is None or error is None:
         return None
     if excess > 1.0 and error > 0.0:
@@ -91,7 +107,10 @@ def find_turn(
             return None
         return _first_turn(law, levers, state, error)
     if _may_lower(reading) and max(excess - 1.0, error) < -law.deadzone:
-        return _first_turn(law, levers[::-1], state, error)
+        beyond = (1.0 + error) / (
+            1.0 - law.deadzone
+        ) - 1.0  # the zone's edge, so as not to cross it
+        return _first_turn(law, levers[::-1], state, beyond)
     return None
 
 

@@ -66,14 +66,17 @@ class Ladder(Frozen):
 
 
 class Dual(Frozen):
-    """The law of the `dual` controller: log strength moves by `kappa` times the smoothed (drop / limit - 1)."""
+    """The law of the `dual` controller: log strength moves by `kappa` times the smoothed (drop / aim - 1)."""
 
     kappa: float = Field(default=0.5, gt=0, le=10)
     smoothing: float = Field(default=0.5, gt=0, le=1)  # weight of the newest evaluation
     max_factor: float = Field(default=2.0, gt=1, le=1000)  # of one evaluation, either way
+    headroom: float = Field(
+        default=1.0, ge=0, le=10
+    )  # widths of the 95 % upper bound that the aim lies under the limit, at most half the limit
     deadzone: float = Field(
         default=1 / 3, ge=0, lt=1
-    )  # share under the limit where nothing is lowered
+    )  # share under the aim where nothing is lowered
     floor: float = Field(
         default=1.0, ge=0, le=1
     )  # lowest strength, as a share of the one asked for
