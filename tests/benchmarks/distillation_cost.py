@@ -11,13 +11,10 @@ import torch
 
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.replay import ReplayConfig
-from app.domain.runplan import BasePlan, RowsPlan, RunPlan
-from app.domain.spec import LoraConfig, ResolvedTraining
+from app.domain.runplan import BasePlan
 from app.domain.strategies import StrategyConfig
-from tests.benchmarks.training_speed import VOCABULARY, Documents
-from workers.training.build import build_run
-from workers.training.loop import Run, start_task, train_step
-from workers.training.ranks import Ranks
+from tests.benchmarks.small_runs import Documents, make_run, save_model
+from workers.training.loop import train_step
 
 STEPS = 6  # timed together: whole periods of every 2nd and every 3rd step
 REPLAYED = ReplayConfig(strength=0.25, store_fraction=1.0)
@@ -60,7 +57,7 @@ def run(rounds: int = 5) -> dict[str, dict[str, dict[str, Any]]]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as name:
-            base = _save_model(Path(name))
+            base = save_model(Path(name))
             kinds: tuple[Kind, Kind] = ("full", "lora")
             return {kind: _measure(base, kind, rounds) for kind in kinds}
     finally:
@@ -68,7 +65,10 @@ def run(rounds: int = 5) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _measure(base: BasePlan, kind: Kind, rounds: int) -> dict[str, dict[str, Any]]:
-    runs = {name: _make_run(base, kind, configs) for name, configs in _variants(kind).items()}
+    runs = {
+        name: make_run(base, configs, Documents(48, 0), Documents(48, 1), kind=kind)
+        for name, configs in _variants(kind).items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for index in range(rounds + 1):
@@ -94,64 +94,6 @@ def _judge(slower: Sequence[float], faster: Sequence[float], most: float) -> dic
         "goal": f"at most {most}",
         "met": median <= most,
     }
-
-
-def _save_model(directory: Path) -> BasePlan:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return BasePlan(name="S", directory=str(directory), sha256="0" * 64, default_template=True)
-
-
-def _make_run(base: BasePlan, kind: Kind, configs: tuple[StrategyConfig, ...]) -> Run:
-    rows = RowsPlan(path="unused", sha256="0" * 64)
-    training = ResolvedTraining(
-        type=kind,
-        lora=LoraConfig(),
-        n_epochs=1,
-        batch_size=8,
-        total_steps=100_000,
-        learning_rate=1e-4,
-        max_seq_length=256,
-        warmup_ratio=0.0,
-        lr_scheduler="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        max_tokens_per_micro_batch=8192,
-        gradient_checkpointing=False,
-        checkpoint_interval=None,
-        precision="fp32",
-        seed=0,
-    )
-    plan = RunPlan(
-        job_id="benchmark",
-        attempt=1,
-        branch=0,
-        base=base,
-        training_rows=rows,
-        validation_rows=None,
-        general_rows=rows,
-        training=training,
-        strategies=configs,
-        policy=None,
-        scratch_directory=base.directory,
-        cache_directory=base.directory,
-    )
-    stores = {"training": Documents(48, 0), "general": Documents(48, 1)}
-    run_of_plan = build_run(plan, stores, Ranks(), torch.device("cpu"))
-    start_task(run_of_plan)
-    return run_of_plan
 
 
 if __name__ == "__main__":

@@ -21,24 +21,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from app.domain.configs.distillation import DistillationConfig
 from app.domain.configs.quadratic import EwcConfig
 from app.domain.configs.replay import ReplayConfig
-from app.domain.runplan import BasePlan, RowsPlan, RunPlan
-from app.domain.spec import LoraConfig, ResolvedTraining
 from app.domain.strategies import StrategyConfig
-from workers.training.build import build_run
+from tests.benchmarks.small_runs import (
+    BATCH_SIZE,
+    LEARNING_RATE,
+    Documents,
+    make_model,
+    make_run,
+    save_model,
+)
 from workers.training.loop import Run, train_step
-from workers.training.ranks import Ranks
 
-VOCABULARY = 4096
 NUM_DOCUMENTS = 64
-BATCH_SIZE = 8
 TOKEN_BUDGET = 640  # padded tokens of a bare step: about eight documents
-LEARNING_RATE = 1e-4
 GOALS = {
     "plain_to_bare": (0.90, "at least"),
     "replay_25_percent": (1.30, "at most"),  # 1 + 1.2 r
@@ -57,24 +57,6 @@ RATIOS = {  # time of the first over time of the second
     "trl_packing": ("trl_packing", "plain"),
     "transformers_trainer": ("transformers_trainer", "plain"),
 }
-Row = tuple[NDArray[np.int32], NDArray[np.float32]]
-
-
-class Documents:
-    """Zipf tokens in documents of log-normal length (mean 79, from 12 to 256), all tokens supervised."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        generator = np.random.default_rng(seed)
-        lengths = np.clip(generator.lognormal(4.2, 0.6, count), 12, 256).astype(np.int64)
-        self.rows: list[Row] = []
-        for length in lengths:
-            ids = np.minimum(generator.zipf(1.2, length), VOCABULARY - 1).astype(np.int32)
-            self.rows.append((ids, np.ones(length, np.float32)))
-        self.lengths = lengths
-
-    def row(self, index: int) -> Row:
-        """Token ids and loss weights of one document."""
-        return self.rows[index]
 
 
 @dataclass(frozen=True)
@@ -96,10 +78,10 @@ def run(rounds: int = 5) -> dict[str, Any]:
     documents, general = Documents(NUM_DOCUMENTS, 0), Documents(NUM_DOCUMENTS, 1)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        base = _save_model(directory)
+        base = save_model(directory)
         passes: dict[str, Callable[[], None]] = {"bare": _bare_loop(documents)}
         for variant, configs in _variants().items():
-            passes[variant] = _own_loop(_make_run(base, configs, documents, general))
+            passes[variant] = _own_loop(make_run(base, configs, documents, general))
         for peer, make in _installed_peers().items():
             passes[peer] = make(documents, directory)
         costs = _interleave(passes, rounds)
@@ -122,9 +104,9 @@ def peak_memory(name: str) -> float:
     torch.set_num_threads(1)
     documents = Documents(NUM_DOCUMENTS, 0)
     with tempfile.TemporaryDirectory() as directory:
-        base = _save_model(Path(directory))
+        base = save_model(Path(directory))
         if name == "plain":
-            make = lambda: _own_loop(_make_run(base, (), documents, documents))  # noqa: E731
+            make = lambda: _own_loop(make_run(base, (), documents, documents))  # noqa: E731
         else:
             make = lambda: _installed_peers()[name](documents, Path(directory))  # noqa: E731
         before = _resident_mb()
@@ -199,71 +181,6 @@ def _judge(name: str, ratio: dict[str, Any]) -> dict[str, Any]:
     return {**ratio, "goal": f"{sense} {goal}", "met": is_met}
 
 
-def _model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-def _save_model(directory: Path) -> BasePlan:
-    _model().save_pretrained(directory)
-    return BasePlan(name="S", directory=str(directory), sha256="0" * 64, default_template=True)
-
-
-def _make_run(
-    base: BasePlan, configs: tuple[StrategyConfig, ...], documents: Documents, general: Documents
-) -> Run:
-    rows = RowsPlan(path="unused", sha256="0" * 64)
-    training = ResolvedTraining(
-        type="full",
-        lora=LoraConfig(),
-        n_epochs=1,
-        batch_size=BATCH_SIZE,
-        total_steps=100_000,
-        learning_rate=LEARNING_RATE,
-        max_seq_length=256,
-        warmup_ratio=0.0,
-        lr_scheduler="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        max_tokens_per_micro_batch=8192,
-        gradient_checkpointing=False,
-        checkpoint_interval=None,
-        precision="fp32",
-        seed=0,
-    )
-    plan = RunPlan(
-        job_id="benchmark",
-        attempt=1,
-        branch=0,
-        base=base,
-        training_rows=rows,
-        validation_rows=None,
-        general_rows=rows,
-        training=training,
-        strategies=configs,
-        policy=None,
-        scratch_directory=base.directory,
-        cache_directory=base.directory,
-    )
-    stores = {"training": documents, "general": general}
-    made = build_run(plan, stores, Ranks(), torch.device("cpu"))
-    for strategy in made.strategies:
-        strategy.on_task_start(made.ctx)
-    return made
-
-
 def _own_loop(made: Run) -> Callable[[], None]:
     def one_pass() -> None:
         for _ in range(NUM_DOCUMENTS // BATCH_SIZE):
@@ -274,7 +191,7 @@ def _own_loop(made: Run) -> Callable[[], None]:
 
 def _bare_loop(documents: Documents) -> Callable[[], None]:
     """The best loop written by hand: token-budget length buckets, no mask, head on supervised positions."""
-    model = _model().train()
+    model = make_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     batches = _budget_batches(documents)
     generator = np.random.default_rng(0)
@@ -332,7 +249,7 @@ def _transformers_trainer(documents: Documents, directory: Path) -> Callable[[],
         return padded
 
     arguments = TrainingArguments(**_settings(directory), optim="adamw_torch_fused")
-    trainer = Trainer(model=_model(), args=arguments, train_dataset=rows, data_collator=collate)
+    trainer = Trainer(model=make_model(), args=arguments, train_dataset=rows, data_collator=collate)
     return lambda: _train(trainer)
 
 
@@ -354,7 +271,7 @@ def _trl(documents: Documents, settings: dict[str, Any]) -> Callable[[], None]:
     from tests.tiny import make_tokenizer
 
     trainer = SFTTrainer(
-        model=_model(),
+        model=make_model(),
         args=SFTConfig(**settings, bf16=False),
         train_dataset=Dataset.from_list([{"input_ids": i.tolist()} for i, _ in documents.rows]),
         processing_class=make_tokenizer(),
