@@ -1,14 +1,19 @@
 """Decisions by their id, and what people order against them."""
 
+from collections.abc import Callable
+from uuid import UUID
+
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 
-from app.api.dependencies import JobsReader, JobsWriter, SessionDep, WriterDep
+from app.api.dependencies import JobsReader, JobsWriter, SessionDep, Writer, WriterDep
 from app.api.paging import wants
 from app.api.schemas.decisions import DecisionObject, FoundDecision, show_decision, show_found
 from app.api.schemas.runs import RunDecisionObject, show_run_decision
+from app.db.models import DecisionRow
 from app.domain.identifiers import parse_id
 from app.domain.overrides import Accept, Override
+from app.domain.scopes import Caller
 from app.domain.states import JobKind
 from app.services.overrides import accept_proposal, get_decision, override_decision
 
@@ -34,14 +39,7 @@ def override_job_decision(
 ) -> Response:
     """Orders something else than was decided, with the reason; it takes effect before the next step."""
     job = parse_id("job", fine_tuning_job_id, param="fine_tuning_job_id")
-    key = parse_id("decision", decision_id, param="decision_id")
-
-    def work(session: Session) -> DecisionObject:
-        row = override_decision(session, caller, job, key, body, kind=JobKind.FINE_TUNING)
-        session.refresh(row)
-        return show_decision(row, with_evidence=False)
-
-    return writer.run(caller, body, work)
+    return _order(override_decision, JobKind.FINE_TUNING, job, decision_id, body, caller, writer)
 
 
 @router.post(JOB_PATH + "/accept", response_model=DecisionObject)
@@ -50,14 +48,7 @@ def accept_job_decision(
 ) -> Response:
     """Has what a `dry_run` policy proposed carried out, while it still applies."""
     job = parse_id("job", fine_tuning_job_id, param="fine_tuning_job_id")
-    key = parse_id("decision", decision_id, param="decision_id")
-
-    def work(session: Session) -> DecisionObject:
-        row = accept_proposal(session, caller, job, key, body, kind=JobKind.FINE_TUNING)
-        session.refresh(row)
-        return show_decision(row, with_evidence=False)
-
-    return writer.run(caller, body, work)
+    return _order(accept_proposal, JobKind.FINE_TUNING, job, decision_id, body, caller, writer)
 
 
 @router.post(RUN_PATH + "/override", response_model=RunDecisionObject)
@@ -66,14 +57,7 @@ def override_run_decision(
 ) -> Response:
     """Orders something else than was decided; the run's trainer fetches it with its next decisions."""
     run = parse_id("run", run_id, param="run_id")
-    key = parse_id("decision", decision_id, param="decision_id")
-
-    def work(session: Session) -> RunDecisionObject:
-        row = override_decision(session, caller, run, key, body, kind=JobKind.EXTERNAL)
-        session.refresh(row)
-        return show_run_decision(row, None)
-
-    return writer.run(caller, body, work)
+    return _order(override_decision, JobKind.EXTERNAL, run, decision_id, body, caller, writer)
 
 
 @router.post(RUN_PATH + "/accept", response_model=RunDecisionObject)
@@ -82,11 +66,25 @@ def accept_run_decision(
 ) -> Response:
     """Has what a `dry_run` policy proposed carried out; the run's trainer fetches it."""
     run = parse_id("run", run_id, param="run_id")
+    return _order(accept_proposal, JobKind.EXTERNAL, run, decision_id, body, caller, writer)
+
+
+def _order(
+    act: Callable[..., DecisionRow],
+    kind: JobKind,
+    job: UUID,
+    decision_id: str,
+    body: Override | Accept,
+    caller: Caller,
+    writer: Writer,
+) -> Response:
     key = parse_id("decision", decision_id, param="decision_id")
 
-    def work(session: Session) -> RunDecisionObject:
-        row = accept_proposal(session, caller, run, key, body, kind=JobKind.EXTERNAL)
+    def work(session: Session) -> DecisionObject | RunDecisionObject:
+        row = act(session, caller, job, key, body, kind=kind)
         session.refresh(row)
-        return show_run_decision(row, None)
+        if kind is JobKind.EXTERNAL:
+            return show_run_decision(row, None)
+        return show_decision(row, with_evidence=False)
 
     return writer.run(caller, body, work)
