@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,12 +66,24 @@ class PowerEstimate(Frozen):
     at_floor: bool = False
 
 
+class Recommendation(Frozen):
+    """Gate items a benchmark that make the verdict worth its name, both ways; None where out of reach."""
+
+    items: int | None  # the larger of the two
+    binds: Literal["pass", "regress"]  # which of them it is
+    items_for_pass: int | None  # an undamaged model passes, the mean and every NLL, with 80 %
+    items_for_regress: (
+        int | None
+    )  # the mean, or an NLL, 2 points above its limit is called with 90 %
+
+
 class Power(Frozen):
     """Power of the sensor for a job."""
 
     from_baseline: bool  # False: accuracy 0.5; the discordance is assumed (10 %) in both cases
     mean: PowerEstimate | None
     benchmarks: dict[str, PowerEstimate]
+    recommended: Recommendation | None = None  # None: nothing that can be read
 
 
 class EvaluationPlan(Frozen):
@@ -90,6 +103,10 @@ class _Expected:
     is_at_floor: bool
 
 
+#: What is found for (true drop, items a benchmark); None stands for the items there are.
+_Estimator = Callable[[float, int | None], DropEstimate]
+
+
 def power(policy: Policy, benchmarks: Sequence[PlannedBenchmark], *, look: int = 1) -> Power:
     """Power of one look, per benchmark and for the mean of the accuracies.
 
@@ -106,16 +123,19 @@ def power(policy: Policy, benchmarks: Sequence[PlannedBenchmark], *, look: int =
         e for e in expected if _counts(e) and (e.source.scorer is Scorer.NLL or e.source.max_drop)
     ]
     alpha = alpha_spent(look) / max(bool(accuracies) + len(limited), 1)
+    texts = [e for e in limited if e.source.scorer is Scorer.NLL]
+    needed_by_all = [(_estimator(e), policy.max_nll_increase) for e in texts]
     mean = None
     if accuracies:
         n_items = min(e.source.n_items for e in accuracies)
-        mean = _estimate_power(
-            lambda drop, n: _mean_estimate(accuracies, drop, n), policy.max_drop, alpha, n_items
-        )
+        estimate = _mean_estimator(accuracies)
+        mean = _estimate_power(estimate, policy.max_drop, alpha, n_items)
+        needed_by_all.append((estimate, policy.max_drop))
     return Power(
         from_baseline=bool(benchmarks) and all(b.baseline is not None for b in benchmarks),
         mean=mean,
         benchmarks={e.source.name: _benchmark_power(policy, e, alpha) for e in expected},
+        recommended=_recommend(needed_by_all, alpha) if needed_by_all else None,
     )
 
 
@@ -222,19 +242,49 @@ def _benchmark_power(policy: Policy, expected: _Expected, alpha: float) -> Power
             items_for_pass_80=None,
             at_floor=expected.is_at_floor,
         )
+    return _estimate_power(_estimator(expected), limit, alpha, source.n_items)
 
-    def estimate(drop: float, n: int | None) -> DropEstimate:
-        if is_nll:
-            return _nll_estimate(expected, drop, source.n_items if n is None else n)
-        return _mean_estimate([expected], drop, n)
 
-    return _estimate_power(estimate, limit, alpha, source.n_items)
+def _estimator(expected: _Expected) -> _Estimator:
+    """Of one benchmark."""
+    if expected.source.scorer is not Scorer.NLL:
+        return _mean_estimator([expected])
+    return lambda drop, n: _nll_estimate(
+        expected, drop, expected.source.n_items if n is None else n
+    )
+
+
+def _mean_estimator(expected: Sequence[_Expected]) -> _Estimator:
+    return lambda drop, n: _mean_estimate(expected, drop, n)
+
+
+def _recommend(limited: Sequence[tuple[_Estimator, float]], alpha: float) -> Recommendation:
+    """For what a pass needs: the mean and every NLL, each with its limit; taken to err independently."""
+    for_pass = _fewest_items(
+        lambda n: math.prod(_pass_chance(estimate(0.0, n), limit) for estimate, limit in limited),
+        WANTED_POWER,
+    )
+    for_regress = _fewest_items(
+        lambda n: min(
+            _regress_chance(estimate(limit + DETECTION_MARGIN, n), limit, alpha)
+            for estimate, limit in limited
+        ),
+        WANTED_DETECTION,
+    )
+    is_reached = for_pass is not None and for_regress is not None
+    most = max(for_pass or MAX_ITEMS, for_regress or MAX_ITEMS)
+    return Recommendation(
+        items=most if is_reached else None,
+        binds="pass" if for_pass is None or for_pass == most else "regress",
+        items_for_pass=for_pass,
+        items_for_regress=for_regress,
+    )
 
 
 def _estimate_power(
-    estimate: Callable[[float, int | None], DropEstimate], limit: float, alpha: float, n_items: int
+    estimate: _Estimator, limit: float, alpha: float, n_items: int
 ) -> PowerEstimate:
-    """Power from `estimate(true drop, items a benchmark)`, whose None stands for the items there are."""
+    """Power of one limit."""
     return PowerEstimate(
         n_items=n_items,
         limit=limit,

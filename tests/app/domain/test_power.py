@@ -19,9 +19,9 @@ from app.domain.statistics import (
 POLICY = Policy()
 
 
-def see(policy, benchmarks) -> Any:
+def see(policy, benchmarks, *, look=1) -> Any:
     """Power whose numbers are compared without asking each time whether they are there."""
-    return power(policy, benchmarks)
+    return power(policy, benchmarks, look=look)
 
 
 def planned(name="mc", n_items=1000, **rest):
@@ -29,8 +29,8 @@ def planned(name="mc", n_items=1000, **rest):
     return PlannedBenchmark(name, n_items=n_items, **{**values, **rest})
 
 
-def simulate(n, accuracy, drop, seed, trials=1500):
-    """Shares of samples that pass and that are called regress at the first look, 10 % discordance."""
+def simulate(n, accuracy, drop, seed, trials=1500, look=1):
+    """Shares of samples that pass and that are called regress at this look, 10 % discordance."""
     rng = np.random.default_rng(seed)
     lost, won = 0.05 + drop * accuracy / 2, 0.05 - drop * accuracy / 2
     passes = regressions = 0
@@ -43,7 +43,7 @@ def simulate(n, accuracy, drop, seed, trials=1500):
         value[both + gone : both + gone + new] = 1
         estimate = paired_drop([PairedGroup(1.0, baseline, value)])
         passes += upper_bound(estimate) <= 0.03
-        regressions += lower_bound(estimate, alpha_spent(1)) > 0.03
+        regressions += lower_bound(estimate, alpha_spent(look)) > 0.03
     return passes / trials, regressions / trials
 
 
@@ -62,6 +62,58 @@ def test_items_for_pass_80_is_the_smallest_that_does() -> None:
     assert see(POLICY, [planned(n_items=needed - 1)]).mean.pass_at_zero < 0.8
     # (1.645 + 0.84)^2 * 0.1 / (0.03 * 0.5)^2, as good as
     assert needed == pytest.approx(2748, rel=0.01)
+
+
+@pytest.mark.parametrize("look", [1, 20, 2000])
+def test_items_for_regress_90_call_two_points_above_the_limit_at_that_look(look) -> None:
+    strong = np.repeat([1.0, 0.0], [900, 100])
+    needed = see(POLICY, [planned(baseline=strong)], look=look).mean.items_for_regress_90
+    _, regressions = simulate(needed, 0.9, 0.05, look, look=look)
+    assert regressions == pytest.approx(0.9, abs=0.025)  # 3.2 standard errors of 1,500 trials
+
+
+def test_items_for_regress_90_are_the_fewest_and_more_at_a_later_look() -> None:
+    first, later = see(POLICY, [planned()]).mean, see(POLICY, [planned()], look=20).mean
+    # (2.507 + 1.282)^2 * 0.1 / (0.02 * 0.5)^2 and, with the pseudo-items and the t quantile, a few more; the
+    # variance of a ratio is smaller by the drop itself
+    assert first.items_for_regress_90 == pytest.approx(14_360, rel=0.06)
+    # alpha 1.5e-5: a quantile of 4.17
+    assert later.items_for_regress_90 / first.items_for_regress_90 == pytest.approx(
+        ((4.17 + 1.282) / (2.507 + 1.282)) ** 2, rel=0.02
+    )
+    assert first.items_for_pass_80 == later.items_for_pass_80  # a pass spends nothing
+
+
+def test_what_is_recommended_is_enough_for_both_promises() -> None:
+    result = see(POLICY, [planned(n_items=5)])
+    wanted = result.recommended
+    assert wanted.binds == "regress"
+    assert wanted.items == wanted.items_for_regress == result.mean.items_for_regress_90
+    assert wanted.items_for_pass == result.mean.items_for_pass_80 < wanted.items
+    # a tight limit is hard to stay under for sure, and two points above it are as easy to see as before
+    tight = see(Policy(max_drop=0.005), [planned()]).recommended
+    assert tight.binds == "pass"
+    assert tight.items == tight.items_for_pass > tight.items_for_regress
+
+
+def test_what_is_recommended_lets_the_mean_and_every_text_pass_together() -> None:
+    texts = [planned(f"text-{i}", scorer=Scorer.NLL) for i in range(4)]
+    alone, together = see(POLICY, texts[:1]), see(POLICY, texts)
+    assert together.mean is None
+    assert together.recommended.items_for_pass > alone.recommended.items_for_pass
+    needed = together.recommended.items_for_pass
+    enough = see(POLICY, [planned(f"text-{i}", needed, scorer=Scorer.NLL) for i in range(4)])
+    assert np.prod([e.pass_at_zero for e in enough.benchmarks.values()]) >= 0.8
+    beside = see(POLICY, [planned(), *texts]).recommended
+    assert beside.items_for_regress == see(POLICY, [planned(), *texts]).mean.items_for_regress_90
+
+
+def test_what_is_out_of_reach_is_not_recommended() -> None:
+    assert see(POLICY, [planned(n_items=0)]).recommended is None
+    assert see(POLICY, []).recommended is None
+    hopeless = see(Policy(max_drop=1e-6), [planned()]).recommended
+    assert (hopeless.items, hopeless.binds, hopeless.items_for_pass) == (None, "pass", None)
+    assert hopeless.items_for_regress is not None
 
 
 def test_a_better_base_needs_fewer_items() -> None:
