@@ -25,7 +25,9 @@ from app.api.routes import (
 )
 from app.db.session import SessionFactory, build_engine, build_session_factory
 from app.services.ciphers import load_cipher
+from app.services.known_keys import KnownKeys
 from app.services.logs import configure_logging
+from app.services.rate_limits import RateLimiter
 from app.services.storage import Storage
 from app.settings import Settings, load_settings
 from app.web import build_router
@@ -59,6 +61,8 @@ def create_app(
         session_factory=session_factory,
         storage=Storage(settings.storage_root),
         cipher=load_cipher(settings) if cipher is None else cipher,
+        limiter=RateLimiter(settings),
+        known_keys=KnownKeys(settings.key_cache_seconds),
     )
     install_error_handlers(app)
     for noun in (

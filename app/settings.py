@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=512 * 2**20, ge=1)
     max_json_bytes: int = Field(default=2**20, ge=1)
     docs_enabled: bool = True
+    requests_per_minute_per_key: int = Field(default=60_000, ge=0)  # 0: no limit
+    requests_per_minute_per_project: int = Field(default=120_000, ge=0)  # 0: no limit
+    key_cache_seconds: float = Field(default=3, ge=0, le=5)  # how long a revoked key may still work
 
     lease_ttl_seconds: float = Field(default=60, gt=0)
     beat_seconds: float = Field(default=15, gt=0)
@@ -37,7 +40,10 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(default=600, gt=0)  # a trainer silent for this long is killed
     stop_grace_seconds: float = Field(default=30, gt=0)
     max_crashes: int = Field(default=3, ge=1)
-    max_queued_jobs: int = Field(default=100, ge=1)  # per project
+    # Quotas of a project that has none of its own (`retain projects set`); None: no limit.
+    max_queued_jobs: int = Field(default=100, ge=1)
+    max_running_jobs: int | None = Field(default=None, ge=1)
+    max_storage_bytes: int | None = Field(default=None, ge=1)
     queues: Annotated[tuple[str, ...], NoDecode] = ("default",)  # RETAIN_QUEUES=a,b
 
     torch_threads: int | None = Field(default=None, ge=1)  # per trainer; None: chosen by model size

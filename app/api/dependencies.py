@@ -1,6 +1,6 @@
 """What routes ask for: a session, the caller with a scope, the process's resources, a way to write once."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,8 +17,17 @@ from app.db.session import SessionFactory, transaction
 from app.domain.scopes import Caller, Scope
 from app.errors import RetainError, Unauthorized
 from app.services.files import too_large
-from app.services.idempotency import Attempt, hash_body, parse_key, run_once
+from app.services.idempotency import (
+    Answer,
+    Attempt,
+    find_answer,
+    hash_body,
+    parse_key,
+    run_once,
+)
 from app.services.keys import authenticate
+from app.services.known_keys import KnownKeys
+from app.services.rate_limits import RateLimited, RateLimiter
 from app.services.storage import Storage
 from app.settings import Settings
 
@@ -31,6 +40,8 @@ class Resources:
     session_factory: SessionFactory
     storage: Storage
     cipher: MultiFernet
+    limiter: RateLimiter
+    known_keys: KnownKeys
 
 
 def get_resources(request: Request) -> Resources:
@@ -55,27 +66,54 @@ bearer = HTTPBearer(auto_error=False, description="An API key: `rt_live_...`")
 BearerDep = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 
 
-def identify(resources: Resources, credentials: HTTPAuthorizationCredentials | None) -> Caller:
-    """Whom the request's key speaks for.
+def identify(resources: Resources, bearer: str) -> Caller:
+    """Whom a key speaks for, by a query; it is known for some seconds then.
+
+    Raises:
+        Unauthorized: It is a wrong one.
+    """
+    known, checked_at = resources.known_keys, resources.known_keys.now()
+    with transaction(resources.session_factory) as session:
+        caller = authenticate(session, bearer)
+    known.keep(bearer, caller, checked_at=checked_at)
+    return caller
+
+
+async def get_caller(request: Request, resources: ResourcesDep, credentials: BearerDep) -> Caller:
+    """Whom the request's key speaks for, counted against its limits; mostly without a thread or a query.
 
     Raises:
         Unauthorized: There is no key, or a wrong one.
+        RateLimited: The key or its project sent too many requests in this minute.
     """
     if credentials is None:
         raise Unauthorized("Send an API key: `Authorization: Bearer rt_live_...`.")
-    with transaction(resources.session_factory) as session:
-        return authenticate(session, credentials.credentials)
+    caller = resources.known_keys.find(credentials.credentials)
+    if caller is None:
+        caller = await run_in_threadpool(identify, resources, credentials.credentials)
+    allowance = resources.limiter.take_at_once(caller)
+    if allowance is None:
+        allowance = await run_in_threadpool(resources.limiter.take, caller)
+    request.state.allowance = allowance
+    if allowance.is_over:
+        raise RateLimited(
+            f"The {allowance.scope} has sent its {allowance.limit:,} requests of this minute;"
+            f" send again in {allowance.reset_seconds} s."
+        )
+    return caller
 
 
-def allow(scope: Scope) -> Callable[..., Caller]:
+CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+def allow(scope: Scope) -> Callable[..., Awaitable[Caller]]:
     """A dependency: the caller, whose key must have a scope."""
 
-    def get_caller(resources: ResourcesDep, credentials: BearerDep) -> Caller:
-        caller = identify(resources, credentials)
+    async def get_allowed(caller: CallerDep) -> Caller:
         caller.require(scope)
         return caller
 
-    return get_caller
+    return get_allowed
 
 
 async def get_upload(
@@ -83,7 +121,7 @@ async def get_upload(
 ) -> AsyncIterator[tuple[Caller, Upload]]:
     """The caller and the file that was sent; the key is checked before a byte is kept."""
     try:
-        caller = await run_in_threadpool(identify, resources, credentials)
+        caller = await get_caller(request, resources, credentials)
         caller.require(Scope.FILES_WRITE)
     except RetainError:
         await discard_body(request)
@@ -111,6 +149,14 @@ class Writer:
         self._resources = resources
         self._key = key
 
+    def replay(self, caller: Caller, body: BaseModel | None) -> JSONResponse | None:
+        """The answer that an earlier request with the key got; routes that prepare much ask for it first."""
+        attempt = self._attempt(caller, body)
+        if attempt is None:
+            return None
+        done = find_answer(self._resources.session_factory, attempt)
+        return None if done is None else _respond(done)
+
     def run(
         self,
         caller: Caller,
@@ -118,29 +164,38 @@ class Writer:
         work: Callable[[Session], BaseModel],
         *,
         hidden: str | None = None,
+        status_code: int = 200,
     ) -> JSONResponse:
-        """Does the work and answers 200 with what it returns.
+        """Does the work and answers with what it returns.
 
         Args:
             caller: Whose key it is.
             body: What was asked for; the same key with another body is refused.
             work: Reads and writes in the session it gets.
             hidden: A field of the answer that is not kept for replays.
+            status_code: Of the answer.
         """
 
         def answer(session: Session) -> dict[str, Any]:
             return work(session).model_dump(mode="json")
 
-        if self._key is None:
-            with transaction(self._resources.session_factory) as session:
+        factory, attempt = self._resources.session_factory, self._attempt(caller, body)
+        if attempt is None:
+            with transaction(factory) as session:
                 content = answer(session)
-            return JSONResponse(content)
+            return JSONResponse(content, status_code=status_code)
+        return _respond(run_once(factory, attempt, answer, hidden=hidden, status_code=status_code))
+
+    def _attempt(self, caller: Caller, body: BaseModel | None) -> Attempt | None:
+        if self._key is None:
+            return None
         sent = None if body is None else body.model_dump(mode="json")
-        attempt = Attempt(caller.project_id, self._key, self._route, hash_body(sent))
-        done = run_once(self._resources.session_factory, attempt, answer, hidden=hidden)
-        return JSONResponse(
-            done.body, headers={"idempotent-replayed": "true"} if done.is_replay else None
-        )
+        return Attempt(caller.project_id, self._key, self._route, hash_body(sent))
+
+
+def _respond(done: Answer) -> JSONResponse:
+    headers = {"idempotent-replayed": "true"} if done.is_replay else None
+    return JSONResponse(done.body, status_code=done.status_code, headers=headers)
 
 
 def get_writer(
@@ -164,4 +219,5 @@ BenchmarksWriter = Annotated[Caller, Depends(allow(Scope.BENCHMARKS_WRITE))]
 ResultsReader = Annotated[Caller, Depends(allow(Scope.RESULTS_READ))]
 ResultsWriter = Annotated[Caller, Depends(allow(Scope.RESULTS_WRITE))]
 ResultsActor = Annotated[Caller, Depends(allow(Scope.RESULTS_ACT))]
+KeysAdmin = Annotated[Caller, Depends(allow(Scope.KEYS_ADMIN))]
 WebhooksAdmin = Annotated[Caller, Depends(allow(Scope.WEBHOOKS_ADMIN))]

@@ -30,6 +30,7 @@ from app.errors import (
     UnprocessableKey,
 )
 from app.services.idempotency import RequestRunning
+from app.services.rate_limits import Allowance, RateLimited
 
 log = structlog.get_logger()
 
@@ -112,8 +113,13 @@ def envelope(
     )
 
 
-def answer_error(error: RetainError) -> JSONResponse:
-    """The response to an error that Retain raised on purpose."""
+def answer_error(error: RetainError, *, retry_after: int = 1) -> JSONResponse:
+    """The response to an error that Retain raised on purpose.
+
+    Args:
+        error: What was raised.
+        retry_after: Seconds after which sending a limited request again makes sense.
+    """
     status = status_of(error)
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("api.unexpected_error", code=error.code, message=error.message)
@@ -121,6 +127,8 @@ def answer_error(error: RetainError) -> JSONResponse:
     headers = {"retry-after": "1"} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
     if isinstance(error, RequestRunning):
         headers = {"retry-after": "1", "x-should-retry": "true"}
+    if isinstance(error, RateLimited):
+        headers = {"retry-after": str(retry_after), "x-should-retry": "true"}
     return envelope(status, str(error), param=error.param, code=error.code, headers=headers)
 
 
@@ -180,9 +188,10 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[str, ...]:  # noqa: ANN4
     return tuple(path)
 
 
-async def _on_retain_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_retain_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RetainError)
-    return answer_error(error)
+    allowance: Allowance | None = getattr(request.state, "allowance", None)
+    return answer_error(error, retry_after=1 if allowance is None else allowance.reset_seconds)
 
 
 async def _on_invalid(_request: Request, error: Exception) -> JSONResponse:

@@ -1,10 +1,11 @@
 """Pure ASGI layers under the routes: request ids and headers, limits of bodies, strict JSON."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 import anyio.to_thread
@@ -15,6 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import answer_error, envelope
 from app.domain.jsonlines import MAX_DEPTH
 from app.errors import BadRequest, TooLarge
+
+if TYPE_CHECKING:
+    from app.services.rate_limits import Allowance
 
 log = structlog.get_logger()
 
@@ -33,11 +37,13 @@ DRAIN_BYTES: Final = 2**30
 DRAIN_SECONDS: Final = 120.0
 SMALL_BYTES: Final = 2**16  # bodies up to this are parsed at once, larger ones in a thread
 
+#: A client's own id is taken over when it cannot do harm in a header or a log.
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class RequestFrame:
-    """The outermost layer: a request id, security headers, and the envelope of whatever nobody caught."""
+    """The outermost layer: a request id, headers of limits and security, the envelope of what nobody caught."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,8 +53,10 @@ class RequestFrame:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req_{uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        sent = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = sent if _REQUEST_ID.fullmatch(sent) else f"req_{uuid4().hex}"
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         has_started = False
 
         async def send_framed(message: Message) -> None:
@@ -57,6 +65,11 @@ class RequestFrame:
                 has_started = True
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = request_id
+                allowance: Allowance | None = state.get("allowance")
+                if allowance is not None and allowance.limit:
+                    headers["x-ratelimit-limit-requests"] = str(allowance.limit)
+                    headers["x-ratelimit-remaining-requests"] = str(allowance.remaining)
+                    headers["x-ratelimit-reset-requests"] = f"{allowance.reset_seconds}s"
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
                 if scope["path"] != DOCS_PATH:

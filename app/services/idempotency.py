@@ -29,20 +29,26 @@ class RequestRunning(Conflict):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A request with a key."""
+    """A request with a key, which means something within its project and route alone."""
 
     project_id: UUID
     key: str
     route: str  # method and path
     body_sha256: str
 
+    @property
+    def place(self) -> tuple[UUID, str, str]:
+        """What its row is found by."""
+        return self.project_id, self.route, self.key
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response body, and whether it was given before."""
+    """A response, and whether it was given before."""
 
     body: dict[str, Any]
     is_replay: bool
+    status_code: int = 200
 
 
 def parse_key(header: str | None) -> str | None:
@@ -67,12 +73,26 @@ def hash_body(body: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def find_answer(factory: SessionFactory, attempt: Attempt) -> Answer | None:
+    """The answer to an earlier request with this key, for routes that prepare much before their work.
+
+    Raises:
+        UnprocessableKey: The key was used for another body.
+        RequestRunning: The first request has not ended.
+    """
+    with transaction(factory) as session:
+        repository = IdempotencyRepository(session)
+        repository.forget(*attempt.place, answered=KEPT, running=LONGEST)
+        return None if repository.find(*attempt.place) is None else _recorded(repository, attempt)
+
+
 def run_once(
     factory: SessionFactory,
     attempt: Attempt,
     work: Callable[[Session], dict[str, Any]],
     *,
     hidden: str | None = None,
+    status_code: int = 200,
 ) -> Answer:
     """Does the work of the first request with a key, and gives later ones its answer.
 
@@ -84,44 +104,39 @@ def run_once(
         attempt: The request.
         work: Makes the answer, in the session it gets.
         hidden: A field of the answer that later requests don't get: a secret is not kept.
+        status_code: Of the answer.
 
     Raises:
-        UnprocessableKey: The key was used for another request.
+        UnprocessableKey: The key was used for another body.
         RequestRunning: The first request has not ended.
     """
     with transaction(factory) as session:
         repository = IdempotencyRepository(session)
-        repository.forget(attempt.project_id, attempt.key, answered=KEPT, running=LONGEST)
-        is_first = repository.claim(
-            attempt.project_id,
-            attempt.key,
-            route=attempt.route,
-            body_sha256=attempt.body_sha256,
-        )
-        if not is_first:
-            return Answer(_recorded(repository, attempt), is_replay=True)
+        repository.forget(*attempt.place, answered=KEPT, running=LONGEST)
+        if not repository.claim(*attempt.place, body_sha256=attempt.body_sha256):
+            return _recorded(repository, attempt)
     try:
         with transaction(factory) as session:
             body = work(session)
             kept = {name: value for name, value in body.items() if name != hidden}
             IdempotencyRepository(session).answer(
-                attempt.project_id, attempt.key, status_code=200, response=kept
+                *attempt.place, status_code=status_code, response=kept
             )
     except BaseException:
         with transaction(factory) as session:
-            IdempotencyRepository(session).release(attempt.project_id, attempt.key)
+            IdempotencyRepository(session).release(*attempt.place)
         raise
-    return Answer(body, is_replay=False)
+    return Answer(body, is_replay=False, status_code=status_code)
 
 
-def _recorded(repository: IdempotencyRepository, attempt: Attempt) -> dict[str, Any]:
-    row = repository.find(attempt.project_id, attempt.key)
-    if row is not None and (row.route, row.body_sha256) != (attempt.route, attempt.body_sha256):
+def _recorded(repository: IdempotencyRepository, attempt: Attempt) -> Answer:
+    row = repository.find(*attempt.place)
+    if row is not None and row.body_sha256 != attempt.body_sha256:
         raise UnprocessableKey(
-            f"{HEADER}: the key was used for another request; take a new one.", HEADER
+            f"{HEADER}: the key was used for another body; take a new one.", HEADER
         )
     if row is None or row.response is None:
         raise RequestRunning(
             f"{HEADER}: the first request with this key is still running; try again.", HEADER
         )
-    return row.response
+    return Answer(row.response, is_replay=True, status_code=row.status_code or 200)

@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -18,14 +18,13 @@ class IdempotencyRepository:
         self._session = session
 
     def forget(
-        self, project_id: UUID, key: str, *, answered: timedelta, running: timedelta
+        self, project_id: UUID, route: str, key: str, *, answered: timedelta, running: timedelta
     ) -> None:
         """Drops a key whose answer is old, or whose request has been running longer than any can."""
         now = func.clock_timestamp()
         self._session.execute(
             delete(IdempotencyKey).where(
-                IdempotencyKey.project_id == project_id,
-                IdempotencyKey.key == key,
+                _is(project_id, route, key),
                 (IdempotencyKey.created_at < now - answered)
                 | (
                     IdempotencyKey.status_code.is_(None)
@@ -34,7 +33,7 @@ class IdempotencyRepository:
             )
         )
 
-    def claim(self, project_id: UUID, key: str, *, route: str, body_sha256: str) -> bool:
+    def claim(self, project_id: UUID, route: str, key: str, *, body_sha256: str) -> bool:
         """Takes a key; False when it is taken."""
         statement = (
             insert(IdempotencyKey)
@@ -44,30 +43,43 @@ class IdempotencyRepository:
         )
         return self._session.execute(statement).first() is not None
 
-    def find(self, project_id: UUID, key: str) -> IdempotencyKey | None:
+    def find(self, project_id: UUID, route: str, key: str) -> IdempotencyKey | None:
         """What is known of a key."""
         return self._session.scalar(
             select(IdempotencyKey)
-            .where(IdempotencyKey.project_id == project_id, IdempotencyKey.key == key)
+            .where(_is(project_id, route, key))
             .execution_options(populate_existing=True)
         )
 
     def answer(
-        self, project_id: UUID, key: str, *, status_code: int, response: dict[str, Any]
+        self,
+        project_id: UUID,
+        route: str,
+        key: str,
+        *,
+        status_code: int,
+        response: dict[str, Any],
     ) -> None:
         """Keeps the answer."""
         self._session.execute(
             update(IdempotencyKey)
-            .where(IdempotencyKey.project_id == project_id, IdempotencyKey.key == key)
+            .where(_is(project_id, route, key))
             .values(status_code=status_code, response=response)
         )
 
-    def release(self, project_id: UUID, key: str) -> None:
+    def release(self, project_id: UUID, route: str, key: str) -> None:
         """Gives back a key whose request failed; an answered one stays."""
         self._session.execute(
             delete(IdempotencyKey).where(
-                IdempotencyKey.project_id == project_id,
-                IdempotencyKey.key == key,
+                _is(project_id, route, key),
                 IdempotencyKey.status_code.is_(None),
             )
         )
+
+
+def _is(project_id: UUID, route: str, key: str) -> ColumnElement[bool]:
+    return and_(
+        IdempotencyKey.project_id == project_id,
+        IdempotencyKey.route == route,
+        IdempotencyKey.key == key,
+    )

@@ -16,6 +16,7 @@ from app.services.idempotency import (
     LONGEST,
     Attempt,
     RequestRunning,
+    find_answer,
     hash_body,
     parse_key,
     run_once,
@@ -49,11 +50,27 @@ def test_the_first_answer_is_given_again(
     again = run_once(committed_factory, attempt(project_id), lambda _: {"n": 2})
     assert (first.body, first.is_replay) == ({"n": 1, "secret": "s"}, False)
     assert (again.body, again.is_replay) == ({"n": 1}, True)
-    for other in (attempt(project_id, body={"a": 1}), attempt(project_id, route="POST /y")):
+    for ask in (run_once, lambda *given: find_answer(*given[:2])):
         with pytest.raises(UnprocessableKey):
-            run_once(committed_factory, other, lambda _: {"n": 3})
+            ask(committed_factory, attempt(project_id, body={"a": 1}), lambda _: {"n": 3})
+    found = find_answer(committed_factory, attempt(project_id))
+    assert found is not None
+    assert (found.body, found.is_replay) == ({"n": 1}, True)
     age(committed_factory, KEPT)
     assert run_once(committed_factory, attempt(project_id), lambda _: {"n": 4}).body == {"n": 4}
+
+
+def test_a_key_means_something_within_its_project_and_route_alone(
+    committed_factory: SessionFactory, project_id: UUID
+) -> None:
+    with transaction(committed_factory) as session:
+        other = make_project(session).id
+    first = run_once(committed_factory, attempt(project_id), lambda _: {"n": 1}, status_code=201)
+    for elsewhere in (attempt(project_id, route="POST /y"), attempt(other)):
+        assert find_answer(committed_factory, elsewhere) is None
+        assert run_once(committed_factory, elsewhere, lambda _: {"n": 2}).body == {"n": 2}
+    again = run_once(committed_factory, attempt(project_id), lambda _: {"n": 3})
+    assert (again.body, again.status_code) == (first.body, first.status_code) == ({"n": 1}, 201)
 
 
 def test_of_two_at_once_one_works_and_the_other_is_told_to_wait(
@@ -74,6 +91,8 @@ def test_of_two_at_once_one_works_and_the_other_is_told_to_wait(
     assert inside.wait(10)
     with pytest.raises(RequestRunning):
         run_once(committed_factory, attempt(project_id), lambda _: {"n": 2})
+    with pytest.raises(RequestRunning):
+        find_answer(committed_factory, attempt(project_id))
     go_on.set()
     thread.join(10)
     assert answers[0].body == {"n": 1}
