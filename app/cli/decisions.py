@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from app.cli.client import ApiClient
 from app.cli.output import complain, show, show_json, show_table
 from app.domain.decisions import Decision
-from app.domain.replay import differences, replay
+from app.domain.replay import RULES, differences, replay, rules_of
 from app.errors import RetainError
 
 decisions = typer.Typer(help="What the controller decided (HTTP).", no_args_is_help=True)
@@ -58,10 +58,13 @@ def replay_(
         # Read back first: what an older version did not write has its default.
         written = Decision.model_validate(recorded).model_dump(mode="json")
         found = replay(row["evidence"]).model_dump(mode="json")
+        rules = rules_of(row["evidence"])
     except (ValidationError, KeyError, RetainError) as error:
         complain(f"the evidence leads to no decision: {error}")
         raise typer.Exit(1) from None
     show(f"recomputed  {_line(found)}")
+    if rules < RULES:
+        show(f"The evidence is of rules {rules} of the controller, before those of now ({RULES}).")
     changed = list(differences(written, found))
     # Columns of the row repeat parts of the decision; they are shown to people, so they count too.
     for name in ("action", "code", "reason"):

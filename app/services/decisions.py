@@ -27,6 +27,7 @@ from app.domain.messages import PublishTarget, RollBack
 from app.domain.policy import Policy
 from app.domain.proposals import carried_out
 from app.domain.publishing import choose_checkpoint
+from app.domain.replay import RULES
 from app.domain.spec import JobSpec
 from app.domain.staging import stage_facts, stage_strategies, trained_stage
 from app.domain.states import JobKind
@@ -96,6 +97,7 @@ def build_evidence(
         "levers": [lever.model_dump(mode="json") for lever in levers],
         "state": before.model_dump(mode="json"),
         "look": look.model_dump(mode="json"),
+        "rules": RULES,
     }
 
 

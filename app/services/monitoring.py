@@ -9,21 +9,19 @@ from sqlalchemy.orm import Session
 from app.db.models import Checkpoint, DecisionRow, Job
 from app.db.repositories.history import HistoryRepository
 from app.domain.benchmarks import BenchmarkScores
-from app.domain.controller import decide
 from app.domain.decisions import (
     Action,
     ControllerState,
     Decision,
-    LeverState,
     Look,
     Reading,
     Verdict,
 )
 from app.domain.gains import read_gains
 from app.domain.messages import DecisionReply, Evaluated, Finished, RollBack
-from app.domain.policy import Policy
 from app.domain.power import Power, power
 from app.domain.publishing import Publication, judge_publication
+from app.domain.replay import replay
 from app.domain.sensing import read_report, read_sensor
 from app.domain.spec import JobSpec
 from app.domain.states import CheckpointStatus
@@ -161,12 +159,7 @@ def record_evaluation(
 
 def replay_decision(row: DecisionRow) -> Decision:
     """Recomputes a recorded decision from its evidence; it equals the recorded one."""
-    return decide(
-        Policy.model_validate(row.evidence["policy"]),
-        [LeverState.model_validate(lever) for lever in row.evidence["levers"]],
-        ControllerState.model_validate(row.evidence["state"]),
-        Look.model_validate(row.evidence["look"]),
-    )
+    return replay(row.evidence)
 
 
 def final_verdict(session: Session, job: Job, finished: Finished) -> FinalVerdict:
@@ -306,6 +299,14 @@ def _describe_power(found: Power, floors: Sequence[str]) -> str:
             f"With {mean.n_items} items a benchmark {seen} is called a regression with 80 % power; "
             f"an undamaged model passes with {mean.pass_at_zero:.0%} ({needed} items make that 80 %)."
         )
+    if found.recommended is not None and found.recommended.items is not None:
+        wanted = found.recommended
+        what = (
+            "that an undamaged model passes with 80 %"
+            if wanted.binds == "pass"
+            else "that 2 points above the limit are called with 90 %"
+        )
+        text += f" Recommended are {wanted.items} gate items a benchmark; it takes them {what}."
     if floors:
         text += f" At floor, so not watched: {', '.join(floors)}."
     return text

@@ -14,6 +14,7 @@ from app.domain.decisions import Action, CheckpointFact, ControllerState, Look
 from app.domain.identifiers import PREFIXES, parse_id, public_id
 from app.domain.overrides import Accept, Override, OverrideEvidence, RollBackOverride, override
 from app.domain.policy import Policy
+from app.domain.replay import RULES
 from app.domain.scopes import Caller
 from app.domain.states import JobKind, JobState
 from app.errors import Conflict, NotFound
@@ -108,6 +109,7 @@ def accept_proposal(
             f"The decision is {row.state}, no open proposal.", "decision_id", "not_proposed"
         )
     evidence: dict[str, Any] = row.evidence | {
+        "rules": RULES,
         "policy": row.evidence["policy"] | {"dry_run": False},
         "accepted": {
             "by": caller.key_id,

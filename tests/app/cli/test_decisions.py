@@ -82,6 +82,43 @@ def test_a_tampered_row_is_found(
     assert "is not what its evidence leads to" in done.stderr
 
 
+OLDER = (
+    "rules",
+    "state,stop_proposed",
+    "state,best_scores",
+    "state,excess_smoothed",
+    "state,law_factor",
+    "state,law_excess",
+    "look,metric",
+    "look,stages",
+    "look,reading,gains",
+    "policy,dual",
+    "policy,dry_run",
+    "policy,on_no_gain",
+    "policy,early_stopping,metric",
+)
+
+
+def test_evidence_of_an_earlier_version_replays_and_says_so(
+    surroundings, committed_engine: Engine
+) -> None:
+    where, rows = surroundings
+    stripped = "evidence" + "".join(f" #- '{{{path}}}'" for path in OLDER)
+    for row in rows[:2]:
+        tamper(committed_engine, row["id"], f"evidence = {stripped}")
+        done = retain("decisions", "replay", row["id"], **where)
+        assert done.returncode == 0, done.stderr
+        assert "The evidence is of rules 1 of the controller, before those of now" in done.stdout
+        assert "They agree." in done.stdout
+    tamper(committed_engine, rows[1]["id"], "reason = 'all was well'")
+    assert retain("decisions", "replay", rows[1]["id"], **where).returncode == 1
+    tamper(committed_engine, rows[2]["id"], "evidence = jsonb_set(evidence, '{rules}', '99')")
+    done = retain("decisions", "replay", rows[2]["id"], **where)
+    assert done.returncode == 1
+    assert "recorded by rules 99" in done.stderr
+    assert "replay it with a newer one" in done.stderr
+
+
 def test_evidence_that_leads_nowhere_and_an_unknown_id(
     surroundings, committed_engine: Engine
 ) -> None:
