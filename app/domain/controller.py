@@ -12,6 +12,7 @@ from app.domain.decisions import (
     Reading,
     Verdict,
 )
+from app.domain.diagnosis import can_repair, why_no_repair, with_diagnosis
 from app.domain.dual import (
     find_turn,
     is_futile,
@@ -44,6 +45,7 @@ def decide(
     a severe one or a value that is not finite starts at the rollback, and so does the last evaluation
     of a stage, after which no softer rung could show its effect. Nothing else changes a coefficient but, under
     `deadband`, a pass with room to spare, which lowers a raised strength, and under `dual` its law, by estimates.
+    Where the diagnosis says that knowledge was lost, repair comes last.
     Equal arguments give equal decisions.
 
     Args:
@@ -53,6 +55,7 @@ def decide(
         look: The reading and what else is known at this point.
     """
     decision = cross_stages(_decide(policy, levers, state, look), look)
+    decision = with_diagnosis(decision, look)
     return mark_proposal(policy, decision)
 
 
@@ -203,9 +206,10 @@ def _climb(
         left = "training" if look.is_last else "training of this stage"
         what += f" No {left} is left in which a softer step could show its effect."
         return _roll_back(policy, levers, state, look, "drop_confirmed", what, ())
-    if ladder.repair and look.repair_possible and not state.repaired:
+    closed = why_no_repair(policy, state, look)
+    if closed is None:
         return _repair(policy, levers, state, what)
-    passed_over.append(f"repair: {_why_no_repair(policy, state)}")
+    passed_over.append(f"repair: {closed}")
     futile = policy.controller == "dual" and is_futile(policy.dual, state, look.reading)
     if state.raises_in_a_row < ladder.max_raises and not futile:
         return _raise(policy, levers, state, look, tuple(passed_over))
@@ -218,6 +222,9 @@ def _climb(
     slower = _slow_down(policy, levers, state, look, previous, tuple(passed_over))
     if slower is not None:
         return slower
+    is_end = _target(look) is None or state.rollbacks >= ladder.max_rollbacks
+    if is_end and can_repair(policy, state, look):  # put behind the others by the diagnosis alone
+        return _repair(policy, levers, state, what)
     return _roll_back(policy, levers, state, look, "drop_confirmed", what, tuple(passed_over))
 
 
@@ -266,12 +273,6 @@ def _slow_down(
         state=_changed(policy, lowered),
         alternatives=(*passed_over, "roll_back"),
     )
-
-
-def _why_no_repair(policy: Policy, state: ControllerState) -> str:
-    if not policy.ladder.repair:
-        return "off by policy"
-    return "done since the last pass" if state.repaired else "not possible for this run"
 
 
 def _raise(

@@ -88,6 +88,36 @@ class Reading(Frozen):
     gains: tuple[GainReading, ...] = ()  # of the report set alone
 
 
+class Damage(StrEnum):
+    """What kind of ability a regression cost."""
+
+    FORMAT = "format"  # shallow: a few replay steps bring it back on items they never saw
+    KNOWLEDGE = "knowledge"  # they do not: it has to be kept, or fetched back
+    UNCLEAR = "unclear"
+
+
+class Diagnosis(Frozen):
+    """What a handful of replay steps, taken on a throw-away copy of the weights, brought back of a drop.
+
+    `share` is 0 where nothing came back and 1 where all did, on gate items that overlap no replay row, each item
+    paired with itself before and after; bounds are one-sided 95 %. `reason` says why there are no numbers.
+    """
+
+    reason: str | None = None
+    benchmarks: tuple[str, ...] = ()  # whose items were scored again
+    n_items: int = 0
+    drop: float | None = None  # on those items, in limits
+    share: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    steps: int = 0
+    rows: int = 0  # read by these steps
+    rate: float | None = None  # of them, as a multiple of the job's learning rate
+    held_before: float | None = None  # nats per token of other general rows, before the steps
+    held_after: float | None = None
+    seconds: float = 0.0
+
+
 class LeverState(Frozen):
     """One strategy the controller may turn."""
 
@@ -164,6 +194,7 @@ class Look(Frozen):
     )
     train_loss_finite: bool = True
     repair_possible: bool = True
+    diagnosis: Diagnosis | None = None  # of a confirmed regression, where the trainer made one
     checkpoints: tuple[CheckpointFact, ...] = ()
     stages: tuple[StageFact, ...] = ()  # empty: one stage
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from app.domain.benchmarks import BenchmarkScores
-from app.domain.decisions import ControllerState
+from app.domain.decisions import ControllerState, Diagnosis
 from app.domain.frozen import Frozen
 
 
@@ -48,7 +48,7 @@ class Progress(Frozen):
     total_steps: int
     seconds_remaining: float | None
     trained_tokens: int
-    phase: str  # `loading`, `fisher`, `baseline`, `training`, `evaluating`, `frontier`, `exporting`
+    phase: str  # `loading`, `fisher`, `baseline`, `training`, `evaluating`, `diagnosis`, `frontier`, `exporting`
     metrics: tuple[StepMetrics, ...] = ()
 
 
@@ -112,6 +112,7 @@ class Evaluated(Frozen):
     seconds: float
     carry: Carry
     losses_finite: bool = True  # False: the training or validation loss is NaN or infinite
+    diagnosis: Diagnosis | None = None  # where the scores show a regression
 
 
 class Repaired(Frozen):

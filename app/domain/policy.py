@@ -107,6 +107,12 @@ class Policy(Frozen):
     early_stopping: EarlyStopping = EarlyStopping()
     on_inconclusive: Literal["publish", "refuse"] = "publish"
     on_no_gain: Literal["publish", "refuse"] = "publish"  # a benchmark that must rise has not
+    diagnosis: bool = Field(
+        default=True,
+        description="On a confirmed regression a handful of replay steps are tried on a throw-away copy of the"
+        " weights; what they bring back says whether format or knowledge was lost, and orders the ladder. Needs"
+        " general data; it costs time on a regression alone.",
+    )
     dry_run: bool = False  # decisions are recorded as proposals and change nothing
 
 
