@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from app.domain.configs.base import ModelKind
+from app.domain.estimates_shapes import describe_shape
 from app.errors import BadRequest, Unavailable
 
 #: Pickled weights and code run whatever they like when they are loaded.
@@ -72,6 +73,7 @@ class ModelFacts:
     vocab_size: int | None
     dtype: str
     has_chat_template: bool
+    shape: dict[str, Any] | None  # a `ModelShape`, for estimates; None: not that of a decoder
 
 
 @contextmanager
@@ -123,18 +125,22 @@ def read_facts(source: ModelSource) -> ModelFacts:
     architectures = config.get("architectures") or ["unknown"]
     shards = [name for name in source.files if name.endswith(".safetensors")]
     _check_index(source)
-    num_parameters, dtypes = 0, set()
+    tensors: dict[str, list[int]] = {}
+    dtypes = set()
     for name in shards:
-        for entry in read_safetensors_header(source.directory / name).values():
-            num_parameters += math.prod(entry["shape"])
+        for tensor, entry in read_safetensors_header(source.directory / name).items():
+            tensors[tensor] = entry["shape"]
             dtypes.add(entry["dtype"])
+    shape = describe_shape(config, tensors)
+    counted = sum(math.prod(sizes) for sizes in tensors.values())
     return ModelFacts(
         architecture=str(architectures[0]),
-        num_parameters=num_parameters,
+        num_parameters=counted if shape is None else shape.num_parameters,
         context_length=_first_int((config, nested), _CONTEXT_KEYS),
         vocab_size=_first_int((config, nested), ("vocab_size",)),
         dtype="mixed" if len(dtypes) > 1 else next(iter(dtypes), "unknown"),
         has_chat_template=_has_chat_template(source),
+        shape=None if shape is None else shape.model_dump(mode="json"),
     )
 
 

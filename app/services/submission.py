@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import func
@@ -57,6 +57,16 @@ class JobFiles:
         return all(file is None or file.status == PROCESSED for file in files)
 
 
+class ResolvedJob(NamedTuple):
+    """A request with all that it leaves open, before anything is written."""
+
+    base: BaseModel
+    files: JobFiles
+    spec: JobSpec
+    watched: tuple[Watched, ...]
+    chosen: ResolvedStrategies
+
+
 def submit_job(
     session: Session,
     project_id: UUID,
@@ -87,15 +97,7 @@ def submit_job(
             None,
             "queue_full",
         )
-    if body.retention is None and project.retention_mandatory:
-        raise BadRequest(
-            "retention: the project requires it; leave it out or give an object.",
-            "retention",
-            "retention_mandatory",
-        )
-    base = _find_base(session, body.model)
-    files = _find_files(session, project_id, base, body)
-    spec, watched, chosen = _resolve(session, project, base, files, body)
+    base, files, spec, watched, chosen = resolve_job(session, project, body)
     warnings = [*warn_of_spec(spec, watched, chosen), *found_before]
     found = _estimate_power(session, base, spec.policy, watched)
     if found is not None:
@@ -124,6 +126,25 @@ def submit_job(
         jobs.ring_later(job)
     session.refresh(job)
     return job
+
+
+def resolve_job(session: Session, project: Project, body: CreateJob) -> ResolvedJob:
+    """What a request means; nothing is written.
+
+    Raises:
+        NotFound: No such model, file or benchmark for this project; `param` names the field.
+        BadRequest: What was asked for cannot be; `param` names the field.
+    """
+    if body.retention is None and project.retention_mandatory:
+        raise BadRequest(
+            "retention: the project requires it; leave it out or give an object.",
+            "retention",
+            "retention_mandatory",
+        )
+    base = _find_base(session, body.model)
+    files = _find_files(session, project.id, base, body)
+    spec, watched, chosen = _resolve(session, project, base, files, body)
+    return ResolvedJob(base, files, spec, watched, chosen)
 
 
 def settle_validation(session: Session, job: Job) -> bool:

@@ -98,6 +98,7 @@ def test_a_directory_is_copied_hashed_and_described(
         "kind": "causal_lm",
         "architecture": "TinyForCausalLM",
         "num_parameters": 50 * 8 + 64,
+        "shape": None,
         "context_length": 128,
         "vocab_size": 50,
         "dtype": "F32",
