@@ -9,6 +9,7 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session, undefer
 
 from app.db.models import Benchmark, BenchmarkVersion, RequiredBenchmark, SuiteEntry
+from app.db.repositories.paging import newest_first
 from app.domain.benchmarks import Subjects
 from app.errors import NotFound
 
@@ -120,9 +121,8 @@ class BenchmarkRepository:
         query = select(Benchmark).where(
             or_(Benchmark.project_id == project_id, Benchmark.project_id.is_(None))
         )
-        if after is not None:
-            query = query.where(Benchmark.seq < after.seq)
-        return list(self._session.scalars(query.order_by(Benchmark.seq.desc()).limit(limit)))
+        query = newest_first(query, Benchmark, after=after, limit=limit)
+        return list(self._session.scalars(query))
 
     def latest_versions(self, benchmarks: list[Benchmark]) -> dict[UUID, BenchmarkVersion]:
         """The newest version of each benchmark, by the benchmark's id."""

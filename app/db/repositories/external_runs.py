@@ -7,6 +7,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.db.models import DecisionRow, Job, JobOrder
+from app.db.repositories.paging import newest_first
 from app.domain.states import JobKind, JobState
 from app.errors import NotFound
 
@@ -36,9 +37,8 @@ class ExternalRunRepository:
     def list_page(self, project_id: UUID, *, after: Job | None, limit: int) -> list[Job]:
         """Runs, newest first."""
         query = select(Job).where(Job.project_id == project_id, Job.kind == JobKind.EXTERNAL)
-        if after is not None:
-            query = query.where(Job.seq < after.seq)
-        return list(self._session.scalars(query.order_by(Job.seq.desc()).limit(limit)))
+        query = newest_first(query, Job, after=after, limit=limit)
+        return list(self._session.scalars(query))
 
     def count_running(self, project_id: UUID) -> int:
         """Runs that nobody has ended."""

@@ -18,6 +18,7 @@ from app.db.models import (
     RegisteredModel,
     RegisteredVersion,
 )
+from app.db.repositories.paging import newest_first
 from app.domain.monitors import WINDOW
 from app.domain.states import JobState
 from app.errors import NotFound
@@ -63,9 +64,7 @@ class MonitorRepository:
     def list_page(self, project_id: UUID, *, after: Monitor | None, limit: int) -> list[MonitorRow]:
         """Monitors, newest first."""
         query = _live().where(Monitor.project_id == project_id)
-        if after is not None:
-            query = query.where(Monitor.seq < after.seq)
-        rows = self._session.execute(query.order_by(Monitor.seq.desc()).limit(limit))
+        rows = self._session.execute(newest_first(query, Monitor, after=after, limit=limit))
         return [MonitorRow(*row) for row in rows]
 
     def find_of_alias(self, alias_id: UUID) -> Monitor | None:

@@ -17,6 +17,7 @@ from app.db.models import (
     OutboxMessage,
     Project,
 )
+from app.db.repositories.paging import newest_first
 from app.domain.states import JobKind, JobState
 from app.errors import NotFound
 
@@ -69,9 +70,8 @@ class ProjectJobRepository:
             query = query.where(Job.metadata_.contains(dict(metadata)))
         if without_metadata:
             query = query.where(func.coalesce(Job.metadata_, func.jsonb("{}")) == {})
-        if after is not None:
-            query = query.where(Job.seq < after.seq)
-        return list(self._session.scalars(query.order_by(Job.seq.desc()).limit(limit)))
+        query = newest_first(query, Job, after=after, limit=limit)
+        return list(self._session.scalars(query))
 
     def count_waiting(self, project_id: UUID) -> int:
         """Jobs of a project that wait for a worker or for their files."""

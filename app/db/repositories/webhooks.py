@@ -11,6 +11,7 @@ from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from app.db.models import WebhookDelivery, WebhookEndpoint, WebhookEvent
+from app.db.repositories.paging import newest_first
 from app.domain.states import DeliveryState
 from app.errors import NotFound
 
@@ -72,9 +73,8 @@ class WebhookEndpointRepository:
         query = select(WebhookEndpoint).where(
             WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None)
         )
-        if after is not None:
-            query = query.where(WebhookEndpoint.seq < after.seq)
-        return list(self._session.scalars(query.order_by(WebhookEndpoint.seq.desc()).limit(limit)))
+        query = newest_first(query, WebhookEndpoint, after=after, limit=limit)
+        return list(self._session.scalars(query))
 
     def list_subscribed(self, project_id: UUID, event_type: str) -> list[UUID]:
         """Ids of the live endpoints that want this type of event."""
@@ -281,9 +281,7 @@ class WebhookDeliveryRepository:
             .join(WebhookEvent, WebhookEvent.id == WebhookDelivery.event_id)
             .where(WebhookDelivery.endpoint_id == endpoint_id)
         )
-        if after is not None:
-            query = query.where(WebhookDelivery.seq < after.seq)
-        rows = self._session.execute(query.order_by(WebhookDelivery.seq.desc()).limit(limit))
+        rows = self._session.execute(newest_first(query, WebhookDelivery, after=after, limit=limit))
         return [(delivery, event) for delivery, event in rows]
 
     def get(self, endpoint_id: UUID, delivery_id: UUID) -> WebhookDelivery:
