@@ -1,6 +1,5 @@
 """Aliases: promoted through a gate, rolled back to the last good version, compared and set by revision."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -14,7 +13,6 @@ from app.db.repositories.monitors import MonitorRepository
 from app.domain.aliases import (
     ROLLBACKS,
     Move,
-    Objection,
     Promote,
     RollBackAlias,
 )
@@ -71,8 +69,7 @@ def promote(
     row = repository.find_alias(registered, alias, with_deleted=True)
     _check(condition, row)
     target = repository.get_version(registered, body.version, keep=True)
-    objections = check_gate(session, registered, [target])[target.row.version]
-    details = _pass_gate(caller, objections, force=body.force)
+    details = _pass_gate(session, caller, registered, target, force=body.force)
     why = _Why("promote", f"key:{caller.key_id}", body.reason, bool(details), details)
     if row is None:
         row = Alias(registered_model_id=registered.id, name=alias, revision=0)
@@ -111,8 +108,7 @@ def roll_back(
             )
     else:
         target = repository.get_version(registered, body.to, keep=True)
-        objections = check_gate(session, registered, [target])[target.row.version]
-        details = _pass_gate(caller, objections, force=body.force)
+        details = _pass_gate(session, caller, registered, target, force=body.force)
     why = _Why("rollback", f"key:{caller.key_id}", body.reason, bool(details), details)
     _move(session, registered, row, target, why)
     return ShownAlias(registered, row, target)
@@ -190,8 +186,16 @@ def _check(condition: Condition, alias: Alias | None) -> None:
         )
 
 
-def _pass_gate(caller: Caller, objections: Sequence[Objection], *, force: bool) -> dict[str, Any]:
+def _pass_gate(
+    session: Session,
+    caller: Caller,
+    registered: RegisteredModel,
+    target: VersionRow,
+    *,
+    force: bool,
+) -> dict[str, Any]:
     """What was passed by force, for the history; empty where the gate has nothing against it."""
+    objections = check_gate(session, registered, [target])[target.row.version]
     if not objections:
         return {}
     said = "; ".join(objection.message for objection in objections)
