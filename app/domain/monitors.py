@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 from pydantic import Field, model_validator
 
@@ -48,45 +48,39 @@ class Schedule(Frozen):
     every_hours: Hours
 
 
-class CreateMonitor(Frozen):
+class MonitorWish(Frozen):
+    """What may be said of a monitor, when it is made and later."""
+
+    benchmarks: tuple[MonitoredBenchmark, ...] | None = Field(
+        default=None, min_length=1, max_length=64
+    )  # None when made: the suite of the base of what the alias points at
+    limits: MonitorLimits = MonitorLimits()
+    sources: tuple[Source, ...] = Field(default=(), max_length=64)
+    schedule: Schedule | None = None
+    stale_after_hours: Hours | None = None  # left out when made: thrice `every_hours`; null: never
+    on_regression: OnRegression = OnRegression()
+    enabled: bool = True
+
+    @model_validator(mode="after")
+    def _sources_are_outside(self) -> Self:
+        check_sources(self.sources)
+        return self
+
+
+class CreateMonitor(MonitorWish):
     """`POST /v1/monitors`."""
 
     model: str = Field(pattern=REFERENCE, max_length=256)  # `name@alias`
-    benchmarks: tuple[MonitoredBenchmark, ...] | None = Field(
-        default=None, min_length=1, max_length=64
-    )  # None: the suite of the base of what the alias points at
-    limits: MonitorLimits = MonitorLimits()
-    sources: tuple[Source, ...] = Field(default=(), max_length=64)
-    schedule: Schedule | None = None
-    stale_after_hours: Hours | None = None  # left out: three times `every_hours`; null: never
-    on_regression: OnRegression = OnRegression()
-    enabled: bool = True
 
     @model_validator(mode="after")
-    def _hears_of_something(self) -> "CreateMonitor":
+    def _hears_of_something(self) -> Self:
         if not self.sources and self.schedule is None:
             raise ValueError("sources: name who may post results, or give a schedule")
-        check_sources(self.sources)
         return self
 
 
-class UpdateMonitor(Frozen):
+class UpdateMonitor(MonitorWish):
     """`PATCH /v1/monitors/{id}`: what is given changes; null clears schedule and stale_after_hours."""
-
-    benchmarks: tuple[MonitoredBenchmark, ...] | None = Field(
-        default=None, min_length=1, max_length=64
-    )
-    limits: MonitorLimits = MonitorLimits()
-    sources: tuple[Source, ...] = Field(default=(), max_length=64)
-    schedule: Schedule | None = None
-    stale_after_hours: Hours | None = None
-    on_regression: OnRegression = OnRegression()
-    enabled: bool = True
-
-    @model_validator(mode="after")
-    def _sources_are_outside(self) -> "UpdateMonitor":
-        check_sources(self.sources)
-        return self
 
 
 class MonitorSettings(Frozen):
