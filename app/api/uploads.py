@@ -13,7 +13,8 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.api.limits import DRAIN_BYTES, drain
-from app.errors import BadRequest, TooLarge
+from app.errors import BadRequest, RetainError, TooLarge
+from app.services.compression import Inflater
 
 MAX_FIELD_BYTES: Final = 4096
 MAX_FIELDS: Final = 16
@@ -31,15 +32,21 @@ class Upload:
 
 
 async def receive_upload(
-    request: Request, directory: Path, *, max_bytes: int, too_large: Callable[[int], TooLarge]
+    request: Request,
+    directory: Path,
+    *,
+    max_bytes: int,
+    too_large: Callable[[int], TooLarge],
+    part: str = "file",
 ) -> Upload:
-    """Reads a form with one part called `file`; whatever fails, nothing stays on disk.
+    """Reads a form with one file, its body plain or as gzip; whatever fails, nothing stays on disk.
 
     Args:
         request: With its body unread.
         directory: Where the temporary file is made.
         max_bytes: Of the file.
         too_large: Makes the error of a file over the limit.
+        part: Name of the part that is the file.
 
     Raises:
         BadRequest: Not a form, or one without a file.
@@ -50,11 +57,16 @@ async def receive_upload(
         await discard_body(request)
         raise too_large(max_bytes)
     target, path = _open_temporary(directory)
+    chunks = request.stream()
     try:
         with target:
-            form = _Form(target, _boundary(request), max_bytes)
-            await form.read(request.stream(), too_large)
+            form = _Form(target, _boundary(request, part), max_bytes, part)
+            await form.read(_decode(request, chunks, max_bytes, part), too_large)
         return Upload(path, form.filename_of_file(), form.fields)
+    except RetainError:
+        remove(path)
+        await _skip(chunks)
+        raise
     except BaseException:
         remove(path)
         raise
@@ -63,6 +75,35 @@ async def receive_upload(
 def remove(path: Path) -> None:
     """Removes a temporary file, if it is still there."""
     path.unlink(missing_ok=True)
+
+
+async def _decode(
+    request: Request, chunks: AsyncIterator[bytes], max_bytes: int, part: str
+) -> AsyncIterator[bytes]:
+    """The body as it was before the sender compressed it, in bounded pieces."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding == "identity":
+        async for chunk in chunks:
+            yield chunk
+        return
+    if encoding not in {"gzip", "x-gzip"}:
+        raise BadRequest("content-encoding: only gzip is known here.", "content-encoding")
+    inflater = Inflater(max_bytes + OVERHEAD_BYTES, param=part)
+    async for chunk in chunks:
+        pieces = inflater.feed(chunk)
+        while piece := await anyio.to_thread.run_sync(next, pieces, b""):
+            yield piece
+    for piece in inflater.finish():
+        yield piece
+
+
+async def _skip(chunks: AsyncIterator[bytes]) -> None:
+    """Reads the rest and throws it away, so that the sender gets to see the answer."""
+    left = DRAIN_BYTES
+    async for chunk in chunks:
+        left -= len(chunk)
+        if left <= 0:
+            return
 
 
 def _open_temporary(directory: Path) -> tuple[BinaryIO, Path]:
@@ -82,8 +123,9 @@ class _Part:
 class _Form:
     """The state of one form while its bytes come in."""
 
-    def __init__(self, target: BinaryIO, boundary: bytes, max_bytes: int) -> None:
+    def __init__(self, target: BinaryIO, boundary: bytes, max_bytes: int, name: str) -> None:
         self.fields: dict[str, str] = {}
+        self._name = name
         self._target = target
         self._max_bytes = max_bytes
         self._filename: str | None = None
@@ -116,16 +158,14 @@ class _Form:
             try:
                 self._parser.write(chunk)
             except MultipartParseError:
-                raise BadRequest("The body is not a valid multipart form.", "file") from None
+                raise self._refuse("The body is not a valid multipart form.") from None
             if self._file_bytes > self._max_bytes or total > self._max_bytes + OVERHEAD_BYTES:
-                self._buffer.clear()
-                await self._skip(chunks)
                 raise too_large(self._max_bytes)
             if len(self._buffer) >= FLUSH_BYTES:
                 await anyio.to_thread.run_sync(self._flush)
         self._flush()
         if not self._has_ended:
-            raise BadRequest("The multipart form ends before its last boundary.", "file")
+            raise self._refuse("The multipart form ends before its last boundary.")
 
     def filename_of_file(self) -> str:
         """The name that came with the file.
@@ -134,16 +174,12 @@ class _Form:
             BadRequest: There was no file.
         """
         if self._filename is None:
-            raise BadRequest("file: the form has no part called 'file' with a filename.", "file")
+            name = self._name
+            raise self._refuse(f"{name}: the form has no part called '{name}' with a filename.")
         return self._filename
 
-    async def _skip(self, chunks: AsyncIterator[bytes]) -> None:
-        """Reads the rest and throws it away, so that the sender gets to see the answer."""
-        left = DRAIN_BYTES
-        async for chunk in chunks:
-            left -= len(chunk)
-            if left <= 0:
-                return
+    def _refuse(self, problem: str) -> BadRequest:
+        return BadRequest(problem, self._name)
 
     def _flush(self) -> None:
         self._target.write(self._buffer)
@@ -155,7 +191,7 @@ class _Form:
     def _grow(self, which: int, data: bytes) -> None:
         self._header[which].extend(data)
         if len(self._header[which]) > MAX_FIELD_BYTES:
-            raise BadRequest("The multipart form has a header that is too long.", "file")
+            raise self._refuse("The multipart form has a header that is too long.")
 
     def _end_header(self) -> None:
         name, value = (bytes(part).decode("utf-8", "replace") for part in self._header)
@@ -168,8 +204,9 @@ class _Form:
         filename = options.get(b"filename")
         if filename is None:
             return
-        if self._part.name != "file" or self._filename is not None:
-            raise BadRequest("file: send exactly one file, in the part called 'file'.", "file")
+        if self._part.name != self._name or self._filename is not None:
+            name = self._name
+            raise self._refuse(f"{name}: send exactly one file, in the part called '{name}'.")
         # The name is text to show; no path is ever made of it.
         self._filename = self._part.filename = filename.decode("utf-8", "replace")
 
@@ -194,11 +231,12 @@ class _Form:
         self._has_ended = True
 
 
-def _boundary(request: Request) -> bytes:
+def _boundary(request: Request, part: str) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise BadRequest("Send multipart/form-data with the parts 'file' and 'purpose'.", "file")
+        names = "the parts 'file' and 'purpose'" if part == "file" else f"the part '{part}'"
+        raise BadRequest(f"Send multipart/form-data with {names}.", part)
     return boundary
 
 

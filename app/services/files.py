@@ -17,6 +17,7 @@ from app.domain.benchmarks import Scorer
 from app.domain.jsonlines import number_lines, parse_object, read_lines
 from app.domain.rows import check_items, check_rows
 from app.errors import BadRequest, Conflict, TooLarge
+from app.services.ingest import ingest
 from app.services.storage import Storage, Stored
 
 FINE_TUNE: Final = "fine-tune"  # training rows
@@ -24,6 +25,7 @@ EVALS: Final = "evals"  # items of a benchmark
 RESULTS: Final = "fine-tune-results"  # made by the server
 UPLOAD_PURPOSES: Final = (FINE_TUNE, EVALS)
 PROCESSED: Final = "processed"
+CONVERSION: Final = "conversion"  # the part of a report that says what was done to a file
 MAX_FILENAME: Final = 255
 
 
@@ -48,10 +50,19 @@ class CheckedFile:
 
 
 @contextmanager
-def store_checked(storage: Storage, new: NewFile, *, max_bytes: int) -> Iterator[CheckedFile]:
+def store_checked(
+    storage: Storage, new: NewFile, *, max_bytes: int, scratch: Path | None = None
+) -> Iterator[CheckedFile]:
     """Checks a file and stores it for the length of a `with` block; whatever fails, nothing of it stays.
 
+    Gzip is taken apart, and arrays, tables and rows of other tools become JSON lines: those are what is kept.
     No transaction is open while the file is read: add its row by `add_file` inside the block.
+
+    Args:
+        storage: Where it is kept.
+        new: The file.
+        max_bytes: As it came, and as it is kept.
+        scratch: Where temporary files are made; None: the system's place.
 
     Raises:
         BadRequest: A bad purpose, name or line; the message names line and field.
@@ -62,8 +73,13 @@ def store_checked(storage: Storage, new: NewFile, *, max_bytes: int) -> Iterator
         raise BadRequest(f"file: its name must have 1 to {MAX_FILENAME} characters.", "file")
     if new.source.stat().st_size > max_bytes:
         raise too_large(max_bytes)
-    report = check_contents(new.source, new.purpose)
-    checked = CheckedFile(new, storage.put_file(new.source, f"files/{uuid4().hex}"), report)
+    converts = new.purpose == FINE_TUNE
+    with ingest(new.source, max_bytes=max_bytes, converts=converts, scratch=scratch) as found:
+        report = check_contents(found.path, new.purpose)
+        if found.conversion is not None:
+            report[CONVERSION] = found.conversion.model_dump(mode="json")
+        stored = storage.put_file(found.path, f"files/{uuid4().hex}")
+    checked = CheckedFile(new, stored, report)
     try:
         yield checked
     except BaseException:

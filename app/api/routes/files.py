@@ -63,7 +63,12 @@ class UploadFacts(BaseModel):
 
 @router.post("", response_model=FileObject, openapi_extra=UPLOAD_FORM)
 def upload_file(upload: UploadDep, resources: ResourcesDep, writer: WriterDep) -> Response:
-    """Checks a JSONL file line by line and keeps it; an error names line and field."""
+    """Checks a file line by line and keeps it as JSON lines; an error names line and field.
+
+    Taken are JSON lines, one JSON array, and Parquet (`messages`, `prompt` with `completion`, or `text`), each
+    also as gzip, and the layouts of ShareGPT and Alpaca; `conversion` says what was done and which rows were
+    dropped.
+    """
     caller, received = upload
     new = files.NewFile(
         source=received.path,
@@ -72,7 +77,8 @@ def upload_file(upload: UploadDep, resources: ResourcesDep, writer: WriterDep) -
         expires_seconds=_expiry(received.fields),
     )
     limit = resources.settings.max_upload_bytes
-    with files.store_checked(resources.storage, new, max_bytes=limit) as checked:
+    scratch = resources.settings.scratch_root / "uploads"
+    with files.store_checked(resources.storage, new, max_bytes=limit, scratch=scratch) as checked:
         facts = UploadFacts(
             sha256=checked.stored.sha256,
             filename=new.filename,

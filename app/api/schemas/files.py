@@ -6,10 +6,17 @@ from app.api.schemas.base import Identified, unix, unix_or_none
 from app.db.models import File
 from app.domain.benchmarks import Subjects
 from app.domain.identifiers import public_id
+from app.domain.preview import Conversion
+from app.services.files import CONVERSION
 
 
 class FileObject(Identified):
-    """An uploaded or produced file; `report` is what the line check found."""
+    """An uploaded or produced file.
+
+    `report` is what the line check found. `conversion` says what was done to a file that came as gzip, as an
+    array or a table, or in another tool's layout: which rows were dropped and why, and the first rows as they
+    became; null for JSON lines that were kept as they came.
+    """
 
     object: Literal["file"] = "file"
     bytes: int
@@ -21,6 +28,7 @@ class FileObject(Identified):
     status_details: str | None
     sha256: str
     report: dict[str, Any] | None
+    conversion: Conversion | None
 
 
 def show_file(file: File) -> FileObject:
@@ -36,11 +44,15 @@ def show_file(file: File) -> FileObject:
         status_details=file.status_details,
         sha256=file.sha256,
         report=_show_report(file.report),
+        conversion=None if file.report is None else file.report.get(CONVERSION),
     )
 
 
 def _show_report(report: dict[str, Any] | None) -> dict[str, Any] | None:
     """The check's findings, subjects as their numbers of items."""
-    if report is None or report.get("subjects") is None:
+    if report is None:
+        return None
+    report = {key: value for key, value in report.items() if key != CONVERSION}
+    if report.get("subjects") is None:
         return report
     return report | {"subjects": Subjects.model_validate(report["subjects"]).counts()}
