@@ -12,6 +12,7 @@ from app.db.models.deployment import Alias, AliasChange, RegisteredModel, Regist
 from app.db.models.files import File
 from app.db.models.history import Checkpoint, DecisionRow, Evaluation
 from app.db.models.jobs import Job, JobEvent, JobOrder
+from app.db.models.measured import MeasuredRun
 from app.db.models.monitors import Compensation, Monitor, MonitorLook
 from app.db.models.projects import ApiKey, Project
 from app.db.models.registry import ModelVersion
@@ -33,6 +34,7 @@ __all__ = [
     "Job",
     "JobEvent",
     "JobOrder",
+    "MeasuredRun",
     "ModelVersion",
     "Monitor",
     "MonitorLook",
