@@ -8,6 +8,8 @@ from app.errors import NotFound
 PREFIXES: Final = {
     "project": "proj_",
     "file": "file-",
+    "upload": "upload_",
+    "upload_part": "part_",
     "job": "ftjob-",
     "event": "ftevent-",
     "checkpoint": "ftckpt_",

@@ -16,6 +16,7 @@ from app.db.models.measured import MeasuredRun
 from app.db.models.monitors import Compensation, Monitor, MonitorLook
 from app.db.models.projects import ApiKey, Project
 from app.db.models.registry import ModelVersion
+from app.db.models.uploads import Upload, UploadPart
 from app.db.models.webhooks import WebhookDelivery, WebhookEndpoint, WebhookEvent
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "RegisteredVersion",
     "RequiredBenchmark",
     "SuiteEntry",
+    "Upload",
+    "UploadPart",
     "WebhookDelivery",
     "WebhookEndpoint",
     "WebhookEvent",
