@@ -27,13 +27,6 @@ class VersionRow(NamedTuple):
     model: ModelVersion
 
 
-class AliasRow(NamedTuple):
-    """An alias with its registered model."""
-
-    alias: Alias
-    registered: RegisteredModel
-
-
 class DeploymentRepository:
     """What a project has registered."""
 

@@ -119,16 +119,6 @@ class MonitorRepository:
         )
         return self._session.scalar(query) or 0
 
-    def find_look(self, alias_id: UUID, model_version_id: UUID, digest: str) -> MonitorLook | None:
-        """The look that these very results made already."""
-        return self._session.scalar(
-            select(MonitorLook).where(
-                MonitorLook.alias_id == alias_id,
-                MonitorLook.model_version_id == model_version_id,
-                MonitorLook.digest == digest,
-            )
-        )
-
     def list_replayed(self, model_version_id: UUID, digest: str) -> list[MonitorLook]:
         """Looks of every alias that these very results made already."""
         return list(
