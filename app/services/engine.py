@@ -10,9 +10,11 @@ from sqlalchemy.orm import Session
 
 from app.db.models import Job, ModelVersion
 from app.db.repositories.jobs import JobRepository, from_now
+from app.db.repositories.queue import QueueRepository
 from app.domain.states import JobKind, JobState, StopRequest
 from app.errors import Fenced
 from app.services.events import add_job_event, add_transition
+from app.services.quotas import may_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,13 @@ class CrashRules:
 
 
 def claim_job(
-    session: Session, *, worker_id: str, free_slots: int, queues: Sequence[str], ttl: float
+    session: Session,
+    *,
+    worker_id: str,
+    free_slots: int,
+    queues: Sequence[str],
+    ttl: float,
+    max_running: int | None = None,
 ) -> Job | None:
     """Leases the best queued job that fits the free slots to a worker, as the job's next attempt.
 
@@ -57,12 +65,26 @@ def claim_job(
         free_slots: GPUs (or CPU slots) the worker can give it; a job without GPUs takes one slot too.
         queues: Queues the worker serves.
         ttl: Seconds the lease lasts without a heartbeat.
+        max_running: Jobs of one project that may run at once, where the project has no quota of its own.
     """
     if free_slots < 1:
         return None
-    job = JobRepository(session).claim(
-        worker_id=worker_id, free_slots=free_slots, queues=queues, ttl=ttl
-    )
+    repository, passed_over = QueueRepository(session), list[UUID]()
+    while True:
+        with session.begin_nested() as attempt:
+            job = repository.claim(
+                worker_id=worker_id,
+                free_slots=free_slots,
+                queues=queues,
+                ttl=ttl,
+                max_running=max_running,
+                passed_over=passed_over,
+            )
+            if job is None or may_run(session, job.project_id, max_running):
+                break
+            # Another claimer took the project's last place at the same moment.
+            passed_over.append(job.project_id)
+            attempt.rollback()
     if job is not None:
         word = "Fine-tuning job started." if job.attempt == 1 else "Fine-tuning job taken up again."
         data = {"code": "claimed", "attempt": job.attempt}

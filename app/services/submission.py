@@ -30,11 +30,12 @@ from app.domain.submit import (
     resolve_strategies,
     resolve_training,
 )
-from app.errors import BadRequest, NotFound, QuotaExceeded
+from app.errors import BadRequest, NotFound
 from app.services.evaluations import baseline_key, unpack_bytes
 from app.services.events import add_job_event, add_transition
 from app.services.files import FINE_TUNE, PROCESSED
 from app.services.named_models import check_named_models, model_kind
+from app.services.quotas import check_queue
 from app.services.submit_warnings import warn_of_floors, warn_of_spec
 from app.services.watched import Watched, pin_metric, required_policy, resolve_watched, tighten
 
@@ -81,7 +82,7 @@ def submit_job(
         session: The caller's transaction.
         project_id: Whose job it is.
         body: The request.
-        max_queued: Jobs of a project that may wait.
+        max_queued: Jobs that may wait, of a project without a quota of its own.
         found_before: Warnings that took reading files, which no transaction waits for.
 
     Raises:
@@ -91,12 +92,7 @@ def submit_job(
     """
     jobs = ProjectJobRepository(session)
     project = jobs.get_project(project_id)
-    if jobs.count_waiting(project_id) >= max_queued:
-        raise QuotaExceeded(
-            f"The project has {max_queued} waiting jobs; wait for some to start.",
-            None,
-            "queue_full",
-        )
+    check_queue(session, project_id, max_queued)
     base, files, spec, watched, chosen = resolve_job(session, project, body)
     warnings = [*warn_of_spec(spec, watched, chosen), *found_before]
     found = _estimate_power(session, base, spec.policy, watched)

@@ -143,6 +143,7 @@ class Node:
                     free_slots=num_free,
                     queues=self._settings.queues,
                     ttl=ttl,
+                    max_running=self._settings.max_running_jobs,
                 )
         except SQLAlchemyError:
             self._may_hold_unknown = True  # the commit may have gone through

@@ -29,6 +29,9 @@ def create_benchmark(
     body: CreateBenchmark, caller: BenchmarksWriter, writer: WriterDep, resources: ResourcesDep
 ) -> Response:
     """Makes version n+1 of the benchmark of this name from an uploaded file of items, or from a part of it."""
+    again = writer.replay(caller, body)
+    if again is not None:
+        return again
     factory, storage = resources.session_factory, resources.storage
     with benchmarks.store_drawn(factory, storage, caller.project_id, body) as drawn:
 

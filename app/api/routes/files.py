@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from sqlalchemy.orm import Session
 
 from app.api.dependencies import (
     FilesReader,
@@ -20,6 +21,7 @@ from app.api.schemas.files import FileObject, show_file
 from app.domain.identifiers import parse_id, public_id
 from app.errors import BadRequest
 from app.services import files
+from app.services.quotas import check_storage, standard_quotas
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -85,11 +87,13 @@ def upload_file(upload: UploadDep, resources: ResourcesDep, writer: WriterDep) -
             purpose=new.purpose,
             expires_seconds=new.expires_seconds,
         )
-        return writer.run(
-            caller,
-            facts,
-            lambda session: show_file(files.add_file(session, caller.project_id, checked)),
-        )
+
+        def work(session: Session) -> FileObject:
+            added, quotas = checked.stored.size_bytes, standard_quotas(resources.settings)
+            check_storage(session, caller.project_id, quotas, added_bytes=added)
+            return show_file(files.add_file(session, caller.project_id, checked))
+
+        return writer.run(caller, facts, work)
 
 
 @router.get("")

@@ -41,6 +41,7 @@ from app.domain.scopes import Caller
 from app.domain.spec import CreateJob
 from app.services import control, jobs, registry
 from app.services.contamination import find_contamination
+from app.services.quotas import check_storage, standard_quotas
 from app.services.submission import submit_job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -57,12 +58,16 @@ def create_job(
     body: CreateJob, caller: JobsWriter, writer: WriterDep, resources: ResourcesDep
 ) -> Response:
     """Submits a job. `retention`, `training` and `resources` are siblings of OpenAI's fields."""
-    limit = resources.settings.max_queued_jobs
+    again = writer.replay(caller, body)
+    if again is not None:
+        return again
+    limit, quotas = resources.settings.max_queued_jobs, standard_quotas(resources.settings)
     overlaps = find_contamination(
         resources.session_factory, resources.storage, caller.project_id, body
     )
 
     def work(session: Session) -> JobObject:
+        check_storage(session, caller.project_id, quotas, added_bytes=0)
         job = submit_job(session, caller.project_id, body, max_queued=limit, found_before=overlaps)
         return show_job(jobs.show_jobs(session, [job])[0])
 

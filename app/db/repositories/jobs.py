@@ -36,39 +36,6 @@ class JobRepository:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def claim(
-        self, *, worker_id: str, free_slots: int, queues: Sequence[str], ttl: float
-    ) -> Job | None:
-        """Leases the best queued job that fits; each is given to one claimer, none waits for another."""
-        best = (
-            select(Job.id)
-            .where(
-                Job.state == JobState.QUEUED,
-                Job.not_before <= func.clock_timestamp(),
-                Job.queue.in_(queues),
-                func.greatest(Job.num_gpus, 1) <= free_slots,
-            )
-            .order_by(Job.priority.desc(), Job.seq)
-            .limit(1)
-            .with_for_update(skip_locked=True, key_share=True)
-            # Kept apart from the UPDATE, so that limit and lock are evaluated once.
-            .cte("best")
-            .prefix_with("MATERIALIZED", dialect="postgresql")
-        )
-        return self._session.scalar(
-            update(Job)
-            .where(Job.id == best.c.id)
-            .values(
-                state=JobState.RUNNING,
-                attempt=Job.attempt + 1,
-                worker_id=worker_id,
-                lease_expires_at=from_now(ttl),
-                started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
-            )
-            .returning(Job)
-            .execution_options(populate_existing=True, synchronize_session=False)
-        )
-
     def find_leased_by(self, worker_id: str, known: Sequence[UUID]) -> Job | None:
         """A job that a worker holds without knowing it, locked: its claim was committed, the reply lost."""
         return self._session.scalar(

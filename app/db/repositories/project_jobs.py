@@ -18,7 +18,7 @@ from app.db.models import (
     Project,
 )
 from app.db.repositories.paging import newest_first
-from app.domain.states import JobKind, JobState
+from app.domain.states import JobKind
 from app.errors import NotFound
 
 
@@ -72,12 +72,6 @@ class ProjectJobRepository:
             query = query.where(func.coalesce(Job.metadata_, func.jsonb("{}")) == {})
         query = newest_first(query, Job, after=after, limit=limit)
         return list(self._session.scalars(query))
-
-    def count_waiting(self, project_id: UUID) -> int:
-        """Jobs of a project that wait for a worker or for their files."""
-        waiting = (JobState.QUEUED, JobState.VALIDATING_FILES)
-        query = select(func.count()).where(Job.project_id == project_id, Job.state.in_(waiting))
-        return self._session.scalar(query) or 0
 
     def ring_later(self, job: Job) -> None:
         """Writes the doorbell that the outbox relay rings once this transaction has committed."""

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from app.db.models import BenchmarkVersion, DecisionRow, File, Job, JobOrder
-from app.db.repositories.jobs import JobRepository
+from app.db.repositories.queue import QueueRepository
 from app.domain.benchmarks import BenchmarkKind, Scorer, pack_array
 from app.domain.external import CreateRun, PostBaseline, PostEvaluation
 from app.domain.identifiers import public_id
@@ -125,7 +125,7 @@ def lose_worker(session, job: Job) -> None:
     job.move_to(JobState.QUEUED)
     session.flush()
     session.expire_all()
-    claimed = JobRepository(session).claim(
+    claimed = QueueRepository(session).claim(
         worker_id="other", free_slots=1, queues=["default"], ttl=60
     )
     assert claimed is not None
@@ -212,7 +212,7 @@ def test_results_on_other_items_than_the_jobs_own_do_not_count(session, storage)
     save_checkpoint(session, job, 30)
     own = evaluated([], 30).model_copy(update={"scores": (half,)})
     assert record_evaluation(session, job.id, 1, own).state.best_scores == ((30, 0.75),)
-    uncounted = [
+    uncounted: list[dict[str, Any]] = [
         {"value": 0.61, "n_samples": 2000},
         {"items": items(1200, 1500)},
         {"items": [{"id": f"x{k}", "score": 1.0} for k in range(900)]},

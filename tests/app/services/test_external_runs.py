@@ -9,6 +9,7 @@ from app.db.repositories.jobs import JobRepository
 from app.domain.external import CreateRun, FinishRun
 from app.domain.states import JobState
 from app.errors import Conflict, QuotaExceeded
+from app.services.engine import claim_job
 from app.services.external_runs import finish_run, register_run
 from app.services.storage import Storage
 from tests.external import registration, store_benchmark
@@ -24,7 +25,7 @@ def run(session, tmp_path) -> Job:
 
 def test_no_worker_gets_it_and_no_sweep_takes_it(session, run) -> None:
     repository = JobRepository(session)
-    assert repository.claim(worker_id="w", free_slots=8, queues=["default"], ttl=60) is None
+    assert claim_job(session, worker_id="w", free_slots=8, queues=["default"], ttl=60) is None
     assert repository.count_leases(60).leased == 0
     assert repository.lock_expired(ttl=0, overdue=-1e6) == []
     assert repository.ring_unanswered(limit=10, seconds=-1e6) == []
