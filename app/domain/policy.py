@@ -32,8 +32,10 @@ VALID_LOSS: Final = "valid_loss"
 class EarlyStopping(Frozen):
     """Stops when `metric` has not improved for `patience` evaluations.
 
-    `metric` is the validation cross-entropy, or a benchmark that the job watches; which way is better follows
-    from its scorer. Which checkpoint is published does not depend on it.
+    `metric` is the validation cross-entropy, or a benchmark that the job watches (`name` or `name@3`) of either kind;
+    which way is better follows from its scorer, and `min_delta` is in its units: score points, of `nll` nats per
+    token. Results from outside count where they hold every item that the job itself is measured on. Which
+    checkpoint is published does not depend on it.
     """
 
     enabled: bool = True

@@ -21,6 +21,8 @@ RECORDED = [
 ]
 #: Fields that came after evidence was first recorded, newest first.
 NEWER = [
+    ("look", "diagnosis"),
+    ("policy", "diagnosis"),
     ("rules",),
     ("state", "stop_proposed"),
     ("state", "best_scores"),
