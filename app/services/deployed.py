@@ -14,13 +14,13 @@ from app.db.repositories.monitors import MonitorRepository, MonitorRow
 from app.domain.decisions import Reading, Verdict
 from app.domain.identifiers import public_id
 from app.domain.monitors import MonitorOutcome, MonitorSettings, describe_outcome
-from app.domain.runplan import BenchmarkPlan
 from app.domain.sensing import SensedBenchmark, read_sensor
 from app.domain.wording import describe_reading
 from app.services.aliases import roll_back_regressed
 from app.services.compensation import compensate
 from app.services.evaluations import Watch, row_id, sense
 from app.services.lineage import base_key
+from app.services.watched import plan_benchmark
 from app.services.webhooks import emit_event
 
 SAYS_NOTHING = frozenset({Verdict.NO_DATA, Verdict.AT_FLOOR})
@@ -48,20 +48,8 @@ def watch_of(session: Session, project_id: UUID, base: BaseModel, monitor: Monit
         named = repository.find_reference(project_id, wish.name)
         if named is None:
             continue  # its project lost sight of it: unmeasured, and so never a pass
-        version = named.version
-        versions[version.id] = version
-        plans.append(
-            BenchmarkPlan(
-                benchmark_version_id=str(version.id),
-                name=named.reference,
-                kind=version.kind,
-                scorer=version.scorer,
-                weight=wish.weight,
-                max_drop=wish.max_drop,
-                path="",
-                sha256=version.items_sha256,
-            )
-        )
+        versions[named.version.id] = named.version
+        plans.append(plan_benchmark(named, weight=wish.weight, max_drop=wish.max_drop))
     return Watch(
         policy=settings.policy(),
         is_watched=True,

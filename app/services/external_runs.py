@@ -19,7 +19,7 @@ from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, RetainErro
 from app.services.evaluations import Watch, baseline_key, row_id
 from app.services.events import Level, add_transition
 from app.services.monitoring import refresh_power
-from app.services.watched import Watched, pin_metric, resolve_watched, tighten
+from app.services.watched import Watched, pin_metric, plan_benchmark, resolve_watched, tighten
 
 MAX_RUNNING = 1000  # a project; a run that nobody ends is followed for ever
 _POLICY_PATH = "retention.policy"  # where a job's policy stands
@@ -236,17 +236,7 @@ def _at_policy(error: RetainError) -> RetainError:
 
 
 def _plan(found: Watched) -> BenchmarkPlan:
-    version = found.benchmark.version
-    return BenchmarkPlan(
-        benchmark_version_id=str(version.id),
-        name=found.benchmark.reference,
-        kind=version.kind,
-        scorer=version.scorer,
-        weight=found.weight,
-        max_drop=found.max_drop,
-        path="",  # the trainer has the items
-        sha256=version.items_sha256,
-    )
+    return plan_benchmark(found.benchmark, weight=found.weight, max_drop=found.max_drop)
 
 
 def _baseline_key(session: Session, run: Job, base: BaseModel | None, body: CreateRun) -> str:

@@ -33,7 +33,7 @@ from app.services.engine import hold
 from app.services.evaluations import find_baseline
 from app.services.named_models import list_stored_models
 from app.services.progress import list_new_orders
-from app.services.watched import Watched, resolve_pinned
+from app.services.watched import Watched, plan_benchmark, resolve_pinned
 from app.settings import Settings
 
 #: Below so many parameters one thread is fastest: two that share a cache were up to 9 times slower.
@@ -304,18 +304,12 @@ def benchmark_input(
     """A benchmark with the baseline that is known; its file joins the inputs."""
     version = found.benchmark.version
     file = _file(session, version.file_id, "retention.policy.benchmarks", scratch, inputs)
-    baseline = find_baseline(session, base, version.id)
-    return BenchmarkPlan(
-        benchmark_version_id=str(version.id),
-        name=found.benchmark.reference,
-        kind=version.kind,
-        scorer=version.scorer,
+    return plan_benchmark(
+        found.benchmark,
         weight=found.weight,
         max_drop=found.max_drop,
         path=str(file.local),
-        sha256=version.items_sha256,
-        baseline_scores=None if baseline is None else baseline.scores,
-        baseline_tokens=None if baseline is None else baseline.tokens,
+        baseline=find_baseline(session, base, version.id),
     )
 
 

@@ -14,8 +14,9 @@ from app.db.repositories.benchmarks import (
     RequiredVersion,
     SuiteBenchmark,
 )
-from app.domain.benchmarks import BenchmarkKind, Scorer
+from app.domain.benchmarks import BenchmarkKind, BenchmarkScores, Scorer
 from app.domain.policy import VALID_LOSS, EarlyStopping, Policy, WatchedBenchmark
+from app.domain.runplan import BenchmarkPlan
 from app.domain.stopping import find_metric
 from app.errors import BadRequest, NotFound
 
@@ -48,6 +49,30 @@ class Watched:
             expect=self.expect,
             min_gain=self.min_gain,
         )
+
+
+def plan_benchmark(
+    named: NamedVersion,
+    *,
+    weight: float,
+    max_drop: float | None,
+    path: str = "",
+    baseline: BenchmarkScores | None = None,
+) -> BenchmarkPlan:
+    """A benchmark version as a look takes it; without a path where whoever scores it has the items."""
+    version = named.version
+    return BenchmarkPlan(
+        benchmark_version_id=str(version.id),
+        name=named.reference,
+        kind=version.kind,
+        scorer=version.scorer,
+        weight=weight,
+        max_drop=max_drop,
+        path=path,
+        sha256=version.items_sha256,
+        baseline_scores=None if baseline is None else baseline.scores,
+        baseline_tokens=None if baseline is None else baseline.tokens,
+    )
 
 
 def resolve_watched(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -54,12 +54,7 @@ class CheckpointRepository:
         """What can be resumed from: newest branch, step and attempt first."""
         return self._session.scalars(
             select(Checkpoint)
-            .where(
-                Checkpoint.job_id == job_id,
-                Checkpoint.superseded.is_(False),
-                Checkpoint.corrupt.is_(False),
-                Checkpoint.deleted_at.is_(None),
-            )
+            .where(*usable(job_id))
             .order_by(Checkpoint.branch.desc(), Checkpoint.step.desc(), Checkpoint.attempt.desc())
         ).all()
 
@@ -101,3 +96,13 @@ class CheckpointRepository:
         return set(
             self._session.scalars(select(Checkpoint.path).where(Checkpoint.job_id.in_(job_ids)))
         )
+
+
+def usable(job_id: UUID) -> tuple[ColumnElement[bool], ...]:
+    """What a job's checkpoints have to be to be resumed from or published."""
+    return (
+        Checkpoint.job_id == job_id,
+        Checkpoint.superseded.is_(False),
+        Checkpoint.corrupt.is_(False),
+        Checkpoint.deleted_at.is_(None),
+    )

@@ -9,6 +9,7 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from app.db.models import BenchmarkVersion, Checkpoint, DecisionRow, Evaluation, Job, ModelVersion
+from app.db.repositories.checkpoints import usable
 
 
 class HistoryRepository:
@@ -100,12 +101,7 @@ class HistoryRepository:
         """Checkpoints that can be resumed or published, oldest step first; of each point the newest attempt's."""
         return self._session.scalars(
             select(Checkpoint)
-            .where(
-                Checkpoint.job_id == job_id,
-                Checkpoint.superseded.is_(False),
-                Checkpoint.corrupt.is_(False),
-                Checkpoint.deleted_at.is_(None),
-            )
+            .where(*usable(job_id))
             .ext(distinct_on(Checkpoint.step, Checkpoint.branch))
             .order_by(Checkpoint.step, Checkpoint.branch, Checkpoint.attempt.desc())
         ).all()
