@@ -84,7 +84,7 @@ def _tables(board: Board, rows: Sequence[Row]) -> list[str]:
         ("plain's EM drop there", lambda _, f: _matched(board, f)),
         ("verdict", lambda _, f: compare(board, f).verdict),
         ("time", lambda _, f: f"{f.time_ratio:.2f}"),
-        ("memory", lambda _, f: f"{f.memory_ratio:.2f}"),
+        ("memory", lambda r, f: "-" if r.method.group == "peer" else f"{f.memory_ratio:.2f}"),
     ]
     sequence: list[tuple[str, Callable[[Row, Figures], str]]] = [
         ("method", lambda r, _: r.method.name),
@@ -146,7 +146,7 @@ def _targets(board: Board) -> list[str]:
 def _missing(board: Board) -> list[str]:
     lines = [f"- {row.method.name}: {row.status}." for row in board.unmeasured()]
     lines.append(
-        "- peft has no O-LoRA (its `olora` is an initialisation); memory of the other libraries is their model's alone."
+        "- peft has no O-LoRA (its `olora` is an initialisation); memory of other libraries isn't measured."
     )
     unfinished = [r.method.name for r in board.rows if "unfinished" in r.setting]
     if unfinished:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from tests.benchmarks.board.material import encode_row
 from workers.demo_model.skills import Question
-from workers.training.forward import SelectedLogits, evaluating
+from workers.strategies.modes import evaluating
+from workers.training.forward import SelectedLogits
 
 BATCH_ROWS = 256
 Bools = NDArray[np.bool_]
