@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from workers.strategies.modes import evaluating
+
 CHUNK_ELEMENTS: Final = 2**24  # of logits made float32 at once: 64 MiB
 
 # What `check_trees` found, by model, attention in force and precision.
@@ -21,13 +23,8 @@ _TREES: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], bool]] = WeakKeyDict
 @contextlib.contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
     """Evaluation and inference mode inside, the former mode after."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        yield
 
 
 class Reader:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from workers.strategies.batch import Micro, Stream
 from workers.strategies.context import Context
-from workers.strategies.subspaces import reading
+from workers.strategies.modes import evaluating
 
 Difficulty = Literal["none", "nll", "length"]
 DOMAIN: Final = "domain"
@@ -158,7 +158,7 @@ class Curriculum:
 def _per_row(ctx: Context, store: str, size: int, measure: Callable[[Micro], Tensor]) -> Tensor:
     """A number for each row of a store, float32, on every rank."""
     values = torch.zeros(size, dtype=torch.float32, device=ctx.device)
-    with reading(ctx.model), torch.no_grad():
+    with evaluating(ctx.model), torch.no_grad():
         for micro in ctx.store_micros(store, range(size)):
             values[torch.tensor(micro.sample_ids, device=ctx.device)] = measure(micro).float()
     ctx.all_reduce(values)  # each row was read by one rank

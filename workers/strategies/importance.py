@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workers.strategies.batch import Micro
 from workers.strategies.context import Context
+from workers.strategies.modes import evaluating
 from workers.strategies.penalties import wide_type
 
 GROUP_ELEMENTS = 1 << 27  # frozen weights whose gradients a pass of an adapter's run holds at once
@@ -204,14 +205,12 @@ def _groups(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parame
 @contextlib.contextmanager
 def _prepared(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """Evaluation mode, and gradients for the weights, inside; all as it was afterwards."""
-    was_training = model.training
     before = [weight.requires_grad for weight in weights]
-    model.eval()
-    try:
-        for weight in weights:
-            weight.requires_grad = True
-        yield
-    finally:
-        for weight, flag in zip(weights, before, strict=True):
-            weight.requires_grad = flag
-        model.train(was_training)
+    with evaluating(model):
+        try:
+            for weight in weights:
+                weight.requires_grad = True
+            yield
+        finally:
+            for weight, flag in zip(weights, before, strict=True):
+                weight.requires_grad = flag

@@ -17,7 +17,7 @@ from workers.strategies.directions import (
     read_difference,
     read_trajectory,
 )
-from workers.strategies.subspaces import reading
+from workers.strategies.modes import evaluating
 
 Source = Literal["ema", "trajectory", "difference", "general"]
 
@@ -38,7 +38,7 @@ def general_gradient(ctx: Context, rows: Sequence[int]) -> dict[str, Tensor]:
     names, weights = list(ctx.params), list(ctx.params.values())
     sums = [torch.zeros_like(w, dtype=_wide(w), requires_grad=False) for w in weights]
     count = torch.zeros((), dtype=torch.float64, device=ctx.device)
-    with reading(ctx.model), torch.enable_grad():
+    with evaluating(ctx.model), torch.enable_grad():
         for micro in ctx.general_micros(rows):
             if not micro.positions_N.numel():
                 continue

@@ -2,15 +2,15 @@
 
 # Shape letters: N examples, P and Q widths, S positions, D width.
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from workers.strategies.context import Context
+from workers.strategies.modes import evaluating
 
 NUM_POSITIONS = 1024  # compared at most
 TINY = 1e-12
@@ -102,14 +102,3 @@ def cka_to_base(ctx: Context, store: str, rows: Sequence[int]) -> dict[int, floa
     return {
         layer: linear_cka(torch.cat(own[layer]), torch.cat(base[layer])) for layer in sorted(layers)
     }
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the former mode after."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

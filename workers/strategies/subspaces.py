@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workers.strategies.batch import Micro
 from workers.strategies.context import Context
+from workers.strategies.modes import evaluating
 
 
 def extend_basis(basis_IK: Tensor, gram_II: Tensor, threshold: float) -> Tensor:
@@ -103,7 +104,7 @@ class InputBases:
             name: torch.zeros(k, k, dtype=torch.float64, device=ctx.device)
             for name, k in width.items()
         }
-        with reading(ctx.model), torch.no_grad():
+        with evaluating(ctx.model), torch.no_grad():
             for micro in micros:
                 if micro.positions_N.numel():
                     with _watching(layers, grams, _real_tokens(micro)):
@@ -131,17 +132,6 @@ class InputBases:
                     f"state of progressive: the basis of {name} fits no trained weight"
                 )
         self.bases = dict(tensors)
-
-
-@contextlib.contextmanager
-def reading(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the former mode after."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _real_tokens(micro: Micro) -> Tensor:

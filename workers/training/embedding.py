@@ -14,7 +14,7 @@ from app.domain.runplan import RowsPlan, RunPlan
 from app.errors import TrainingFailed
 from workers.data.tokens import TokenStore, benchmark_texts, overlapping_lines
 from workers.evaluation.representations import BaseEncoder, DualEncoder, base_encoder_sha256
-from workers.training.forward import evaluating
+from workers.strategies.modes import evaluating
 from workers.training.loop import Run
 from workers.training.models import load_tokenizer
 from workers.training.tasks import store_name

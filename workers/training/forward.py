@@ -14,6 +14,7 @@ from app.errors import TrainingFailed
 from workers.export.merge import keeping_flags
 from workers.strategies.base import Needs
 from workers.strategies.batch import Forward, Micro
+from workers.strategies.modes import evaluating
 
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = 1e-3
@@ -184,17 +185,6 @@ def student_forward(
             mask = None
     logits, hidden = student.with_hidden(micro.input_ids_BT, micro.positions_N, layers)
     return Forward(logits, teacher_logits, mask, hidden, taught)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the former mode after."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from workers.evaluation.forward import token_batches
 from workers.evaluation.routing import pool, prompt_mask
 from workers.strategies.batch import Forward, Micro, TokenRow
 from workers.strategies.context import Decoding
+from workers.strategies.modes import evaluating
 from workers.training.adapters import adapter_names, find_config
 from workers.training.embedding import show_embeddings
-from workers.training.forward import evaluating
 from workers.training.loop import Run
 from workers.training.models import autocast_type
 from workers.training.ranks import Ranks

@@ -27,8 +27,9 @@ from workers.data.counterfactuals import (
 from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
 from workers.data.tokens import TokenStore
 from workers.strategies.context import Pairs
+from workers.strategies.modes import evaluating
 from workers.training.conversation import Conversation
-from workers.training.forward import evaluating, wide
+from workers.training.forward import wide
 from workers.training.loop import Run
 from workers.training.outlook import ListedRows
 from workers.training.tasks import store_name

@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from workers.evaluation.forward import Reader, pad_rows
 from workers.strategies.batch import TokenRow
 from workers.strategies.context import Decoding
-from workers.training.forward import SelectedLogits, evaluating
+from workers.strategies.modes import evaluating
+from workers.training.forward import SelectedLogits
 
 if TYPE_CHECKING:
     from workers.training.loop import Run

@@ -17,7 +17,7 @@ from workers.evaluation.shift import (
     shift_report,
 )
 from workers.export.interpolate import Interpolation
-from workers.training.forward import evaluating
+from workers.strategies.modes import evaluating
 from workers.training.session import Session
 
 DEPTH = 2 / 3  # where no strategy says which layer

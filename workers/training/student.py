@@ -17,10 +17,11 @@ from app.domain.sensing import read_report
 from app.domain.spec import ResolvedStudent
 from workers.evaluation.evaluate import validation_loss
 from workers.export.shallow import make_student
+from workers.strategies.modes import evaluating
 from workers.training.build import assemble_run
 from workers.training.conversation import StopRequested
 from workers.training.exporting import write_artifact
-from workers.training.forward import SelectedLogits, Teacher, evaluating
+from workers.training.forward import SelectedLogits, Teacher
 from workers.training.loop import Run, start_task, train_step
 from workers.training.models import autocast_type, load_base
 from workers.training.opening import chat_template, make_score

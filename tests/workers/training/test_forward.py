@@ -8,7 +8,8 @@ from app.errors import TrainingFailed
 from tests.tiny import make_llama
 from tests.workers.training.runs import make_plan, make_run
 from workers.strategies.batch import Micro
-from workers.training.forward import SelectedLogits, evaluating
+from workers.strategies.modes import evaluating
+from workers.training.forward import SelectedLogits
 from workers.training.loop import train_step
 
 

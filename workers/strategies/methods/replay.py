@@ -21,7 +21,7 @@ from workers.strategies.distributions import (
     make_distributions,
 )
 from workers.strategies.generated import GeneratedRows
-from workers.strategies.similarity import evaluating
+from workers.strategies.modes import evaluating
 from workers.strategies.topk import bucketed_kl_sum
 
 SOURCE = "replay"
