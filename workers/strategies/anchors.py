@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.strategies.base import Needs, StateDict, Strategy, check_tensors
+from workers.strategies.base import Cost, Needs, StateDict, Strategy, check_tensors
 from workers.strategies.context import Context, LoraPair
 from workers.strategies.importance import (
     GENERAL,
@@ -174,17 +174,37 @@ class SequenceAnchor(QuadraticAnchor):
 
     With adapters every finished task keeps its two factors of importance and its adapter; the distance
     of two adapters is that of their effective changes, so the sum is exact there, too.
+
+    Args:
+        penalty_mode: As for any quadratic anchor.
+        rho: As for any quadratic anchor.
+        samples: General rows that are read, and rows of each finished task.
+        normalize: What over all weights is scaled to be 1.
+        clip: Quantile above which an importance is cut off, before it is normalised; 1 is off.
+        place: Where the anchor is.
+        online: Whether finished tasks are anchored, too.
+        gamma: Decay of the finished tasks' importance; with `latest` of all former ones.
     """
 
-    samples: int
-    normalize: Normalize
-    clip: float
-    place: AnchorPlace
-    online: bool
-    gamma: float
-
-    def __init__(self, penalty_mode: Literal["implicit", "gradient"], rho: float | None) -> None:
+    def __init__(  # noqa: PLR0913 - the fields of a configuration
+        self,
+        penalty_mode: Literal["implicit", "gradient"],
+        rho: float | None,
+        *,
+        samples: int,
+        normalize: Normalize,
+        clip: float,
+        place: AnchorPlace,
+        online: bool,
+        gamma: float,
+    ) -> None:
         super().__init__(penalty_mode, rho)
+        self.samples = samples
+        self.normalize: Normalize = normalize
+        self.clip = clip
+        self.place = place
+        self.online = online
+        self.gamma = gamma
         #: F_0 and a_0, under the names of the whole; empty until a task has been added to them.
         self.general: dict[str, Tensor] = {}
 
@@ -197,6 +217,10 @@ class SequenceAnchor(QuadraticAnchor):
     @abstractmethod
     def cache_key(self, num_rows: int) -> str:
         """What the starting model's importance follows from, beside model and rows."""
+
+    def cost(self) -> Cost:
+        """A pass over the parameters in each step, importance and anchor."""
+        return Cost(step_share=0.02, trainable_copies=2.0)
 
     def needs(self) -> Needs:
         """General rows, and with adapters that the frozen base is what they are added to."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workers.strategies.anchors import AnchorPlace, SequenceAnchor
-from workers.strategies.base import Cost
 from workers.strategies.batch import Micro
 from workers.strategies.context import Context
 from workers.strategies.importance import GENERAL, Normalize, Pass, measure_importance
@@ -66,19 +65,18 @@ class Ewc(SequenceAnchor):
         gamma: float = 0.95,
         rho: float | None = 5.0,
     ) -> None:
-        super().__init__(penalty_mode, rho)
+        super().__init__(
+            penalty_mode,
+            rho,
+            samples=fisher_samples,
+            normalize=fisher_normalize,
+            clip=fisher_clip,
+            place=anchor,
+            online=online,
+            gamma=gamma,
+        )
         self.fisher_type: FisherType = fisher_type
         self.fisher_estimator: FisherEstimator = fisher_estimator
-        self.samples = fisher_samples
-        self.normalize: Normalize = fisher_normalize
-        self.clip = fisher_clip
-        self.place = anchor
-        self.online = online
-        self.gamma = gamma
-
-    def cost(self) -> Cost:
-        """A pass over the parameters in each step, Fisher and anchor."""
-        return Cost(step_share=0.02, trainable_copies=2.0)
 
     def measure(
         self, ctx: Context, store: str, rows: Sequence[int], seed: int, only: frozenset[str]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from workers.strategies.anchors import AnchorPlace, SequenceAnchor
-from workers.strategies.base import Cost
 from workers.strategies.batch import Micro
 from workers.strategies.context import Context
 from workers.strategies.importance import GENERAL, Normalize, Pass, measure_importance
@@ -51,17 +50,16 @@ class Mas(SequenceAnchor):
         gamma: float = 1.0,
         rho: float | None = 5.0,
     ) -> None:
-        super().__init__(penalty_mode, rho)
-        self.samples = importance_samples
-        self.normalize: Normalize = importance_normalize
-        self.clip = importance_clip
-        self.place = anchor
-        self.online = online
-        self.gamma = gamma
-
-    def cost(self) -> Cost:
-        """A pass over the parameters in each step, importance and anchor."""
-        return Cost(step_share=0.02, trainable_copies=2.0)
+        super().__init__(
+            penalty_mode,
+            rho,
+            samples=importance_samples,
+            normalize=importance_normalize,
+            clip=importance_clip,
+            place=anchor,
+            online=online,
+            gamma=gamma,
+        )
 
     def measure(
         self, ctx: Context, store: str, rows: Sequence[int], seed: int, only: frozenset[str]
