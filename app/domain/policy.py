@@ -76,9 +76,7 @@ class Dual(Frozen):
     headroom: float = Field(
         default=1.0, ge=0, le=10
     )  # widths of the 95 % upper bound that the aim lies under the limit, at most half the limit
-    deadzone: float = Field(
-        default=1 / 3, ge=0, lt=1
-    )  # share under the aim where nothing is lowered
+    deadzone: float = Field(default=0.4, ge=0, lt=1)  # share under the aim where nothing is lowered
     floor: float = Field(
         default=1.0, ge=0, le=1
     )  # lowest strength, as a share of the one asked for

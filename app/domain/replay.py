@@ -32,11 +32,19 @@ def replay(evidence: Mapping[str, Any]) -> Decision:
     which those rules are today's.
 
     Raises:
-        Conflict: The evidence was recorded by rules that this version does not know yet.
+        Conflict: The evidence was recorded by rules that this version does not know yet, or by the first law of
+            `dual`, which it no longer computes.
         BadRequest: Its rules are no number of rules.
     """
     rules = rules_of(evidence)
     policy = Policy.model_validate(evidence["policy"])
+    if policy.controller == "dual" and "headroom" not in evidence["policy"].get("dual", {}):
+        raise Conflict(
+            "policy.dual: the evidence was recorded by a law that aimed at the limit itself; this version has"
+            " another.",
+            "policy.dual",
+            "older_law",
+        )
     levers = [LeverState.model_validate(lever) for lever in evidence["levers"]]
     state = ControllerState.model_validate(evidence["state"])
     look = Look.model_validate(evidence["look"])

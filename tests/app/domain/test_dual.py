@@ -1,5 +1,6 @@
 """The law of `dual`: its aim, its fixed point, what it may turn, and that nothing is stored at a bound."""
 
+import itertools
 import math
 
 import pytest
@@ -28,6 +29,8 @@ from app.domain.dual import (
     worst_excess,
 )
 from app.domain.policy import Dual, EarlyStopping, Ladder, Policy
+from app.domain.replay import replay
+from app.errors import Conflict
 
 LAW = Dual()
 EWC = LeverState(strategy="ewc", asked=1.0, default=1.0, cap=1000.0)
@@ -161,7 +164,7 @@ def test_a_look_without_a_measurement_leaves_its_memory() -> None:
         (0.02, -0.2, None),  # within the dead zone
         (0.0, -0.2, None),
         (0.02, -0.9, None),
-        (0.0, -2 / 3, 8.0 * math.exp(-0.25)),  # half the way under the zone's edge
+        (0.0, -0.7, 8.0 * math.exp(-0.25)),  # half the way under the zone's edge
         (0.036, 1e-3, None),  # not worth an order
     ],
 )
@@ -257,7 +260,7 @@ def test_after_a_turn_of_the_law_lowering_waits_for_the_cool_down(cool_down: int
     lowered = [at for at, action in enumerate(actions) if action is Action.LOWER_STRENGTH]
     assert len(lowered) >= 2
     assert lowered[0] >= cool_down
-    assert all(b - a == cool_down + 1 for a, b in zip(lowered, lowered[1:], strict=False))
+    assert all(b - a == cool_down + 1 for a, b in itertools.pairwise(lowered))
 
 
 def test_a_raise_by_the_law_does_not_wait() -> None:
@@ -285,3 +288,20 @@ def test_the_reason_names_the_numbers_it_rests_on() -> None:
     assert "2 times its aim" in decision.reason
     assert "ewc strength 8 ->" in decision.reason
     assert decision.alternatives == ("keep",)
+
+
+def test_evidence_of_the_law_before_this_one_is_refused_and_not_recomputed_otherwise() -> None:
+    policy, seen = Policy(controller="dual"), state()
+    evidence = {
+        "policy": policy.model_dump(mode="json"),
+        "levers": [EWC.model_dump(mode="json")],
+        "state": seen.model_dump(mode="json"),
+        "look": look(read(0.048)).model_dump(mode="json"),
+    }
+    assert replay(evidence).code == "law_raised"
+    del evidence["policy"]["dual"]["headroom"]
+    with pytest.raises(Conflict) as caught:
+        replay(evidence)
+    assert caught.value.code == "older_law"
+    evidence["policy"]["controller"] = "deadband"
+    assert replay(evidence).code == "inconclusive"
