@@ -16,8 +16,10 @@ from app.api.routes import (
     files,
     health,
     jobs,
+    keys,
     models,
     monitors,
+    projects,
     registered_models,
     results,
     runs,
@@ -76,6 +78,8 @@ def create_app(
         runs,
         decisions,
         webhooks,
+        keys,
+        projects,
         health,
     ):
         app.include_router(noun.router)

@@ -10,11 +10,12 @@ from app.cli.jobs import jobs
 from app.cli.keys import keys
 from app.cli.models import models
 from app.cli.output import complain
+from app.cli.projects import projects
 from app.cli.server import up
 from app.errors import RetainError
 
 EPILOG = (
-    "up, keys, models add and models build-demo work on the data directory (RETAIN_DATA_DIR). The other"
+    "up, keys, projects, models add and models build-demo work on the data directory (RETAIN_DATA_DIR). The other"
     " commands speak HTTP to RETAIN_BASE_URL (http://127.0.0.1:8000) with the key in RETAIN_API_KEY."
     " Exit status: 0 done, 1 it failed and the message says why, 2 wrong usage, 3 the watched job failed or"
     " was cancelled."
@@ -30,6 +31,7 @@ retain = typer.Typer(
 )
 retain.command()(up)
 retain.add_typer(keys, name="keys")
+retain.add_typer(projects, name="projects")
 retain.add_typer(models, name="models")
 retain.add_typer(jobs, name="jobs")
 retain.add_typer(benchmarks, name="benchmarks")

@@ -13,7 +13,9 @@ from app.services.keys import (
     DEFAULT_PROJECT,
     create_key,
     ensure_project,
+    find_key,
     list_keys,
+    replace_key,
     revoke_key,
 )
 
@@ -76,11 +78,28 @@ def list_(
 
 
 @keys.command()
+def rotate(
+    key_id: Annotated[str, typer.Argument(help="The key's id (8 characters), or the whole key.")],
+    overlap_hours: Annotated[
+        float, typer.Option(min=0, help="For so long the old key still works.")
+    ] = 24.0,
+    data_dir: DataDir = None,
+) -> None:
+    """Replace a key: a new one with its name, scopes and end; print it, this once."""
+    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+        created = replace_key(session, find_key(session, key_id), overlap_hours * 3600)
+    tell(
+        f"Key '{created.row.name}'; it is shown this once. The old one ends in {overlap_hours:g} h."
+    )
+    show(created.text)
+
+
+@keys.command()
 def revoke(
     key_id: Annotated[str, typer.Argument(help="The key's id (8 characters), or the whole key.")],
     data_dir: DataDir = None,
 ) -> None:
-    """Revoke a key; it stops working at once."""
+    """Revoke a key; within seconds it works nowhere."""
     with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
         revoke_key(session, key_id)
     tell("Revoked.")

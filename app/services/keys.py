@@ -13,8 +13,9 @@ from sqlalchemy.orm import Session
 
 from app.db.models import ApiKey
 from app.db.repositories.keys import KeyRepository, ProjectRepository
-from app.domain.scopes import DEFAULT_SCOPES, Caller, Scope
-from app.errors import BadRequest, NotFound, Unauthorized
+from app.domain.keys import CreateKey
+from app.domain.scopes import DEFAULT_SCOPES, Caller, Scope, parse_scopes
+from app.errors import BadRequest, Conflict, NotFound, Unauthorized
 
 PREFIX = "rt_live"
 DEFAULT_PROJECT = "default"
@@ -81,7 +82,7 @@ def authenticate(session: Session, bearer: str) -> Caller:
 
 
 def revoke_key(session: Session, key_id: str, *, project_id: UUID | None = None) -> None:
-    """Revokes a key by its public id, or by the whole key; it stops working at once.
+    """Revokes a key by its public id, or by the whole key; within seconds it works nowhere.
 
     Raises:
         NotFound: No live key has this id.
@@ -89,6 +90,103 @@ def revoke_key(session: Session, key_id: str, *, project_id: UUID | None = None)
     public, _ = _split(key_id)
     if not KeyRepository(session).revoke(public or key_id, project_id):
         raise NotFound(f"No live key has the id '{(public or key_id)[:_ID_LENGTH]}'.", "key_id")
+
+
+def grant_key(session: Session, caller: Caller, wish: CreateKey) -> CreatedKey:
+    """Makes a key of the caller's project on the caller's word.
+
+    Raises:
+        BadRequest: An unknown scope, or none that could be given.
+        Forbidden: A scope that the caller lacks itself.
+    """
+    if wish.scopes is None:
+        scopes = tuple(scope for scope in DEFAULT_SCOPES if scope in caller.scopes)
+    else:
+        scopes = parse_scopes(wish.scopes)
+    if not scopes:
+        raise BadRequest("scopes: name them; the caller has none that it gives unasked.", "scopes")
+    _check_grant(caller, scopes)
+    life = wish.expires_in_seconds
+    expires_at = None if life is None else datetime.now(UTC) + timedelta(seconds=life)
+    return create_key(
+        session,
+        project_id=caller.project_id,
+        name=wish.name,
+        scopes=scopes,
+        expires_at=expires_at,
+    )
+
+
+def rotate_key(
+    session: Session, caller: Caller, key_id: UUID, overlap_seconds: float
+) -> CreatedKey:
+    """Makes a key that replaces one of the caller's project; both work until the overlap is over.
+
+    Raises:
+        NotFound: The project has no such key.
+        Forbidden: The key has a scope that the caller lacks.
+        Conflict: The key has expired.
+    """
+    old = KeyRepository(session).get(caller.project_id, key_id, for_update=True)
+    _check_grant(caller, [Scope(name) for name in old.scopes if name in set(Scope)])
+    return replace_key(session, old, overlap_seconds)
+
+
+def replace_key(session: Session, old: ApiKey, overlap_seconds: float) -> CreatedKey:
+    """A key with the old one's project, name, scopes and end; the old one ends after the overlap.
+
+    Raises:
+        Conflict: The old one has expired already.
+    """
+    repository = KeyRepository(session)
+    if repository.find_live(old.key_id) is None:
+        raise Conflict("The key has expired; make a new one.", "api_key_id", "key_expired")
+    created = create_key(
+        session,
+        project_id=old.project_id,
+        name=old.name,
+        scopes=[Scope(name) for name in old.scopes if name in set(Scope)],
+        expires_at=old.expires_at,
+    )
+    created.row.rotated_from_id = old.id
+    repository.end_after(old, overlap_seconds)
+    return created
+
+
+def get_key(session: Session, project_id: UUID, key_id: UUID) -> ApiKey:
+    """A key of a project that is not revoked.
+
+    Raises:
+        NotFound: The project has no such key.
+    """
+    return KeyRepository(session).get(project_id, key_id)
+
+
+def find_key(session: Session, key_id: str) -> ApiKey:
+    """A key by its public id, or by the whole key; for the operator.
+
+    Raises:
+        NotFound: No live key has this id.
+    """
+    public, _ = _split(key_id)
+    row = KeyRepository(session).find_by_public(public or key_id)
+    if row is None:
+        raise NotFound(f"No live key has the id '{(public or key_id)[:_ID_LENGTH]}'.", "key_id")
+    return row
+
+
+def list_project_keys(
+    session: Session, project_id: UUID, *, after: UUID | None, limit: int
+) -> tuple[list[ApiKey], bool]:
+    """A page of a project's keys that are not revoked, newest first, and whether there are more.
+
+    Raises:
+        NotFound: `after` is no such key.
+    """
+    repository = KeyRepository(session)
+    last = None if after is None else repository.get(project_id, after)
+    found = repository.list_page(project_id, after=last, limit=limit + 1)
+    return found[:limit], len(found) > limit
 
 
 def list_keys(session: Session, *, project: str | None = None) -> list[tuple[ApiKey, str]]:
@@ -114,6 +212,11 @@ def ensure_project(session: Session, name: str) -> UUID:
             "A project's name has 1 to 64 letters, digits, '-', '_' or '.'.", "project"
         )
     return ProjectRepository(session).ensure(name).id
+
+
+def _check_grant(caller: Caller, scopes: Iterable[Scope]) -> None:
+    for scope in scopes:
+        caller.require(scope)
 
 
 def _split(bearer: str) -> tuple[str, str]:
