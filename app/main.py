@@ -23,6 +23,7 @@ from app.api.routes import (
     registered_models,
     results,
     runs,
+    uploads,
     webhooks,
 )
 from app.db.session import SessionFactory, build_engine, build_session_factory
@@ -69,6 +70,7 @@ def create_app(
     install_error_handlers(app)
     for noun in (
         files,
+        uploads,
         jobs,
         models,
         registered_models,

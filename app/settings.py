@@ -26,6 +26,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     api_processes: int = Field(default=1, ge=1, le=64)
     max_upload_bytes: int = Field(default=512 * 2**20, ge=1)
+    max_resumable_bytes: int = Field(default=2 * 2**30, ge=1)  # of a file that comes in parts
     max_json_bytes: int = Field(default=2**20, ge=1)
     docs_enabled: bool = True
     requests_per_minute_per_key: int = Field(default=60_000, ge=0)  # 0: no limit

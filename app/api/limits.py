@@ -31,7 +31,8 @@ SECURITY_HEADERS: Final = {
 }
 STRICT_POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 DOCS_PATH: Final = "/docs"  # its page loads scripts, so it has no such policy
-UPLOAD_PATH: Final = "/v1/files"  # counts its body itself, as it comes
+#: They count their bodies themselves, as they come.
+UPLOAD_PATHS: Final = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 #: A refused body is read on and thrown away up to so much: a sender that is reset does not see the answer.
 DRAIN_BYTES: Final = 2**30
 DRAIN_SECONDS: Final = 120.0
@@ -108,7 +109,7 @@ class BodyLimits:
         if (
             scope["type"] != "http"
             or scope["method"] in _BODILESS
-            or (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
+            or (scope["method"] == "POST" and UPLOAD_PATHS.fullmatch(scope["path"]))
         ):
             await self._app(scope, receive, send)
             return

@@ -9,8 +9,10 @@ from app.db.repositories.checkpoints import CheckpointRepository
 from app.db.session import SessionFactory, transaction
 from app.services.checkpoints import attempt_path
 from app.services.engine import CrashRules
+from app.services.files import sweep_expired
 from app.services.reaping import clear_rows, reap, ring_again, sweep_validating
 from app.services.storage import Storage
+from app.services.uploads import sweep_uploads
 from app.settings import Settings
 
 CLEAR_SECONDS = 600.0
@@ -48,12 +50,17 @@ def sweep(factory: SessionFactory, settings: Settings) -> None:
 
 
 def clear(factory: SessionFactory, settings: Settings) -> None:
-    """Removes old rows, and checkpoint directories that no row names."""
+    """Removes old rows, expired files, parts of uploads, and checkpoint directories that no row names."""
     with transaction(factory) as session:
         rows = clear_rows(session)
-    orphans = clear_orphans(factory, Storage(settings.storage_root))
-    if any(rows) or orphans:
-        log.info("reconciler.cleared", **rows._asdict(), orphan_checkpoints=len(orphans))
+    storage = Storage(settings.storage_root)
+    found = {
+        "expired_files": sweep_expired(factory, storage),
+        "uploads": sweep_uploads(factory, storage),
+        "orphan_checkpoints": len(clear_orphans(factory, storage)),
+    }
+    if any(rows) or any(found.values()):
+        log.info("reconciler.cleared", **rows._asdict(), **found)
 
 
 def clear_orphans(factory: SessionFactory, storage: Storage) -> list[str]:

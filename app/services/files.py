@@ -27,6 +27,7 @@ UPLOAD_PURPOSES: Final = (FINE_TUNE, EVALS)
 PROCESSED: Final = "processed"
 CONVERSION: Final = "conversion"  # the part of a report that says what was done to a file
 MAX_FILENAME: Final = 255
+SWEPT_AT_ONCE: Final = 20  # in one transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,26 @@ def delete_file(factory: SessionFactory, storage: Storage, project_id: UUID, fil
             raise Conflict(f"The file is in use by {use}.", "file_id", "file_in_use")
         repository.mark_deleted(file)
     storage.delete(file.path)
+
+
+def sweep_expired(factory: SessionFactory, storage: Storage) -> int:
+    """Deletes files whose time is over, unless something still needs them; how many.
+
+    The contents go before the row is marked: a sweep that breaks off is made good by the next one.
+    """
+    deleted = last = 0
+    while True:
+        with transaction(factory) as session:
+            repository = FileRepository(session)
+            found = repository.lock_expired(after_seq=last, limit=SWEPT_AT_ONCE)
+            for file in found:
+                if repository.find_use(file) is None:
+                    storage.delete(file.path)
+                    repository.mark_deleted(file)
+                    deleted += 1
+                last = file.seq
+        if not found:
+            return deleted
 
 
 def _guess_scorer(file: BinaryIO) -> Scorer:

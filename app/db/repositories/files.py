@@ -10,6 +10,7 @@ from app.domain.identifiers import public_id
 from app.domain.states import JobState
 from app.errors import NotFound
 
+NAMED_JOBS = 5
 _ENDED = tuple(state for state in JobState if state.is_terminal)
 
 
@@ -79,9 +80,24 @@ class FileRepository:
         file.deleted_at = func.clock_timestamp()
         self._session.flush()
 
+    def lock_expired(self, *, after_seq: int, limit: int) -> list[File]:
+        """Expired files that were not deleted yet, in the order in which they came."""
+        query = (
+            select(File)
+            .where(
+                File.deleted_at.is_(None),
+                File.expires_at <= func.clock_timestamp(),
+                File.seq > after_seq,
+            )
+            .order_by(File.seq)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        return list(self._session.scalars(query))
+
     def find_use(self, file: File) -> str | None:
         """What still needs a file, in words; None when nothing does."""
-        job = self._session.scalar(
+        jobs = self._session.scalars(
             select(Job.id)
             .where(
                 or_(
@@ -92,10 +108,13 @@ class FileRepository:
                 ),
                 Job.state.not_in(_ENDED),
             )
-            .limit(1)
-        )
-        if job is not None:
-            return "a job that has not ended"
+            .order_by(Job.seq)
+            .limit(NAMED_JOBS + 1)
+        ).all()
+        if jobs:
+            names = ", ".join(public_id("job", job) for job in jobs[:NAMED_JOBS])
+            more = " and others" if len(jobs) > NAMED_JOBS else ""
+            return f"jobs that have not ended: {names}{more}"
         if self._session.scalar(
             select(BenchmarkVersion.id).where(BenchmarkVersion.file_id == file.id).limit(1)
         ):

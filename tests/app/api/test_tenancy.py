@@ -12,8 +12,10 @@ from app.domain.identifiers import public_id
 from app.domain.monitors import CreateMonitor
 from app.domain.scopes import DEFAULT_SCOPES, Scope
 from app.domain.states import JobState
+from app.domain.uploads import CreateUpload
 from app.services.external_runs import register_run
 from app.services.monitors import create_monitor
+from app.services.uploads import create_upload
 from app.services.webhooks import create_endpoint, emit_event, list_deliveries
 from tests.app.api.conftest import CHAT, Api
 from tests.deployed import make_deployed
@@ -49,6 +51,9 @@ def foreign(api: Api) -> dict[str, str]:
     benchmark = make_benchmark(session, owner, name="theirs")
     watched = {"model": "m", "policy": {"benchmarks": [{"name": "theirs"}]}}
     run = register_run(session, owner.id, CreateRun.model_validate(watched))
+    announced = {"bytes": 1, "filename": "f", "mime_type": "m", "purpose": "fine-tune"}
+    announcement = CreateUpload.model_validate(announced)
+    upload = create_upload(session, owner.id, announcement, max_bytes=1)
     deployed = make_deployed(session, project=owner, name="their-bot")
     monitored = {
         "model": "their-bot@production",
@@ -59,6 +64,7 @@ def foreign(api: Api) -> dict[str, str]:
     session.commit()
     return {
         "file_id": public_id("file", make_file(session, owner).id),
+        "upload_id": public_id("upload", upload.id),
         "fine_tuning_job_id": public_id("job", job.id),
         "run_id": public_id("run", run.id),
         "decision_id": public_id("decision", run.id),
@@ -87,6 +93,8 @@ def body_for(path: str) -> dict[str, Any]:
     if path.endswith(("/baseline", "/evaluations")):
         scores = [{"benchmark": "b", "items": [{"id": "1", "score": 1}]}]
         return {"scores": scores} | ({"step": 1} if path.endswith("/evaluations") else {})
+    if path.endswith("/complete"):
+        return {"part_ids": ["part_x"]}
     if path.endswith("/acknowledge"):
         return {"step": 1}
     if path.endswith("/override"):
