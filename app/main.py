@@ -13,6 +13,7 @@ from app.api.limits import BodyLimits, RequestFrame
 from app.api.routes import (
     benchmarks,
     decisions,
+    estimates,
     files,
     health,
     jobs,
@@ -72,6 +73,7 @@ def create_app(
         files,
         uploads,
         jobs,
+        estimates,
         models,
         registered_models,
         monitors,

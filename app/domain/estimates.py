@@ -18,7 +18,11 @@ from app.domain.estimates_memory import (
 from app.domain.estimates_pace import Pace
 from app.domain.estimates_shapes import ModelShape
 from app.domain.estimates_strategies import ExtraCost, extra_cost, strategy_memory
-from app.domain.estimates_work import StepRows, plan_steps, spare_padding
+from app.domain.estimates_work import (
+    StepRows,
+    plan_steps,
+    spare_padding,
+)
 from app.domain.frozen import Frozen
 from app.domain.spec import ResolvedStudent
 from app.domain.strategies import StrategyConfig

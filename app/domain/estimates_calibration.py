@@ -31,7 +31,6 @@ class Measured(Frozen):
     step_seconds: float  # of all of them together; the first of an attempt is not counted
     rows: int
     tokens: int  # padded
-    real_tokens: int
     supervised: int
     pairs: int
     micros: int

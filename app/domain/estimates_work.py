@@ -102,7 +102,7 @@ def plan_steps(
     return StepRows(
         rows=batch_size,
         tokens=sum(size.tokens for size in sizes) / n,
-        real_tokens=sum(r.read for r in ordered) / n,
+        real_tokens=sum(r.read for r in rows) / n,
         supervised=sum(size.supervised for size in sizes) / n,
         pairs=sum(size.tokens * size.width for size in sizes) / n,
         micros=len(sizes) / n,

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter
 
 from app.domain.benchmarks import BenchmarkScores
 from app.domain.decisions import ControllerState, Diagnosis
+from app.domain.estimates_calibration import Measured
 from app.domain.frozen import Frozen
 
 
@@ -163,6 +164,7 @@ class Finished(Frozen):
     trained_tokens: int
     seconds: dict[str, float]  # by phase
     failure: Literal["retention_not_met"] | None = None
+    measured: Measured | None = None  # None: the last attempt had no more than one step
 
 
 class ExportFinished(Frozen):

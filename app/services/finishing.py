@@ -14,6 +14,7 @@ from app.domain.publishing import judge_publication
 from app.domain.spec import ExportSpec, JobSpec
 from app.domain.states import JobState
 from app.services.engine import end_failed, end_lease, hold
+from app.services.estimates import keep_measured
 from app.services.events import add_job_event, add_transition
 from app.services.files import PROCESSED, RESULTS
 from app.services.lineage import find_parent
@@ -42,6 +43,7 @@ def finish_job(
     job.result_file_id = _add_result(session, job, uploads.result)
     job.trained_tokens = message.trained_tokens
     job.report = _report(job, message, verdict)
+    keep_measured(session, job, message.measured)
     artifact, retention = uploads.artifact, verdict.publication.retention
     if (
         artifact is None

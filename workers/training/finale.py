@@ -8,6 +8,7 @@ from typing import Literal
 
 from app.domain.benchmarks import BenchmarkKind, BenchmarkScores
 from app.domain.decisions import Verdict
+from app.domain.estimates_calibration import Measured
 from app.domain.messages import DecisionReply, Finished, FrontierPoint, PublishTarget
 from app.domain.sensing import holds, read_report
 from app.domain.spec import ResolvedStudent
@@ -18,6 +19,7 @@ from workers.training.session import Session
 from workers.training.shifting import report_shift
 from workers.training.student import distil_student
 from workers.training.suite import Marks
+from workers.training.tasks import store_name
 
 FRONTIER_POINTS = 11
 FRONTIER_ITEMS = 300  # gate items a benchmark and point
@@ -58,7 +60,17 @@ def finish(session: Session, reply: DecisionReply) -> None:
             trained_tokens=run.trained_tokens,
             seconds={name: round(seconds, 3) for name, seconds in session.seconds.items()},
             failure=outcome.failure,
+            measured=_measured(session),
         )
+    )
+
+
+def _measured(session: Session) -> Measured | None:
+    run = session.run
+    return run.workload.measured(
+        run.ctx.device,
+        world_size=run.ranks.world_size,
+        mean_row_tokens=float(run.stores[store_name(0)].lengths.mean()),
     )
 
 

@@ -122,7 +122,9 @@ def train(session: Session) -> DecisionReply:
                 return reply
         elif wish is not None:
             raise StopRequested(wish)
-        metrics = train_step(run)
+        with run.workload.step(run.ctx.device):
+            metrics = train_step(run)
+        run.workload.end_step(metrics.seconds)
         talk.add_metrics(metrics)
         session.report()
         has_timed = run.executed - timed_from >= TIMED_STEPS or is_evaluation_point(session)

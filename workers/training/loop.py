@@ -23,6 +23,7 @@ from workers.strategies.batch import Forward, Micro, Stream
 from workers.strategies.context import Context, LoraPair
 from workers.strategies.penalties import apply_pulls
 from workers.training.forward import SelectedLogits, Teacher, student_forward, wide
+from workers.training.measuring import Workload
 from workers.training.ranks import Ranks
 from workers.training.schedule import learning_rate_factor
 from workers.training.tasks import Task, task_at
@@ -57,6 +58,7 @@ class Run:
     trained_tokens: int = 0  # supervised and not, over all branches
     not_finite_in_a_row: int = 0
     history: list[StepMetrics] = field(default_factory=list)  # of the accepted steps
+    workload: Workload = field(default_factory=Workload)  # of this attempt
 
     def use(self, controller: ControllerState) -> None:
         """Sets the coefficients in force; effective from the next step.
@@ -157,6 +159,7 @@ def train_step(run: Run) -> StepMetrics:
     if any(strategy.streams_changed(ctx) for strategy in strategies):
         run.refresh_streams()
     micros = _next_micros(run)  # [6]
+    run.workload.add(micros)
     needs = [strategy.step_needs(ctx) for strategy in strategies]
     meter = _Meter()
 

@@ -12,10 +12,12 @@ from app.domain.runplan import BasePlan, BenchmarkPlan, RowsPlan, RunPlan
 from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
 from workers.data.tokens import TokenStore, load_tokens
 from workers.evaluation.evaluate import evaluate, validation_loss
+from workers.strategies.modes import evaluating
 from workers.training.blend import line_from_base
 from workers.training.build import build_run
 from workers.training.conversation import Conversation
-from workers.training.forward import SelectedLogits, evaluating
+from workers.training.forward import SelectedLogits
+from workers.training.measuring import held_bytes
 from workers.training.models import load_tokenizer
 from workers.training.pairs import add_pairs
 from workers.training.ranks import Ranks
@@ -41,11 +43,13 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
         trained_tokens=0,
         phase="loading",
     )
+    held_before = held_bytes(device)
     tokenizer = load_tokenizer(plan.base)
     template = chat_template(plan.base)
     stores = _load_stores(plan, tokenizer, talk, ranks)
     validation = stores.pop("validation", None)
     run = build_run(plan, stores, ranks, device)
+    run.workload.held_before = held_before
     run.ctx.note = lambda code, text, data: talk.note("info", code, text, **data)
     add_pairs(plan, run, tokenizer, talk)
     policy = plan.policy or Policy()

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -41,13 +41,11 @@ class MeasuredRepository:
 
     def list_classes(self) -> list[str]:
         """Device classes with a measured run, the one measured last first."""
-        newest = (
-            select(MeasuredRun.device_class, MeasuredRun.seq)
-            .distinct(MeasuredRun.device_class)
-            .order_by(MeasuredRun.device_class, MeasuredRun.seq.desc())
-            .subquery()
+        query = (
+            select(MeasuredRun.device_class)
+            .group_by(MeasuredRun.device_class)
+            .order_by(func.max(MeasuredRun.seq).desc())
         )
-        query = select(newest.c.device_class).order_by(newest.c.seq.desc())
         return list(self._session.scalars(query))
 
     def list_latest(self, device_class: str, limit: int) -> list[MeasuredJob]:
