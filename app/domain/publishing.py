@@ -44,11 +44,6 @@ def choose_checkpoint(
     return None
 
 
-def needs_shrinking(report: Reading | None) -> bool:
-    """Whether the tuned weights go back along the line to the base: on a confirmed regression alone."""
-    return report is not None and report.verdict is Verdict.REGRESS
-
-
 def judge_publication(
     policy: Policy | None, report: Reading | None, *, alpha: float, is_off: bool = False
 ) -> Publication:

@@ -207,11 +207,6 @@ def p_above(estimate: DropEstimate, limit: float) -> float:
     return float(_special().stdtr(estimate.dof, (limit - estimate.drop) / estimate.stderr))
 
 
-def p_below(estimate: DropEstimate, limit: float) -> float:
-    """One-sided p-value of H0 "the drop is at least `limit`"; small speaks for a smaller drop."""
-    return float(_special().stdtr(estimate.dof, (estimate.drop - limit) / estimate.stderr))
-
-
 def alpha_spent(look: int) -> float:
     """Error that look `look` (from 1) may spend; sums to 0.01 over endlessly many looks (Basel series)."""
     return ALPHA_TOTAL * 6.0 / (math.pi**2 * look**2)

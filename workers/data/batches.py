@@ -104,10 +104,6 @@ class RowSampler:
             name: {**cursor, "window": list(cursor["window"])} for name, cursor in state.items()
         }
 
-    def epochs_done(self, stream: str) -> int:
-        """Whole epochs that a stream has given."""
-        return int(self._cursors.get(stream, {}).get("epoch", 0))
-
     def _draw_bucketed(self, stream: Stream, cursor: dict[str, Any], count: int) -> list[int]:
         rows: list[int] = []
         while len(rows) < count:

@@ -24,7 +24,6 @@ PLACE_TOKENS: Final = 8192  # padded tokens of one forward
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
-Represent = Callable[[Sequence[Any]], Tensor]
 
 
 @dataclass(frozen=True)

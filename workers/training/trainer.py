@@ -28,8 +28,6 @@ Plan = RunPlan | ExportPlan | EvaluationPlan
 PLANS: TypeAdapter[Plan] = TypeAdapter(Plan)
 EXIT_CRASHED = 1
 
-logger = logging.getLogger("retain.trainer")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one plan to its end; the answer is the process's exit code."""

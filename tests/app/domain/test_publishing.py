@@ -4,7 +4,7 @@ import pytest
 
 from app.domain.decisions import CheckpointFact, Reading, Verdict
 from app.domain.policy import Policy
-from app.domain.publishing import choose_checkpoint, judge_publication, needs_shrinking
+from app.domain.publishing import choose_checkpoint, judge_publication
 
 REFUSE = Policy(on_inconclusive="refuse")
 
@@ -88,9 +88,3 @@ def test_the_report_set_decides_what_is_published(
 
 def test_retention_off_is_said_on_the_version() -> None:
     assert judge_publication(None, None, alpha=1.0, is_off=True).retention == "off"
-
-
-def test_only_a_confirmed_regression_is_shrunk() -> None:
-    assert needs_shrinking(reading(Verdict.REGRESS))
-    assert not needs_shrinking(reading(Verdict.INCONCLUSIVE))
-    assert not needs_shrinking(None)
