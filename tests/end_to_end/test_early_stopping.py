@@ -60,7 +60,7 @@ def test_a_stalled_benchmark_stops_a_job_whose_trainer_was_killed(stack: Stack) 
         httpx.Client(base_url=f"{url}/v1", headers=head, timeout=30) as client,
     ):
         path = f"/fine_tuning/jobs/{public_id('job', job_id)}/decisions"
-        query = {"limit": 100, "include": "evidence"}
+        query: dict[str, str] = {"limit": "100", "include": "evidence"}
         stack.wait(lambda: client.get(path).json()["data"], "a decision")
         for pid in trainers(job_id):
             os.kill(pid, signal.SIGKILL)
