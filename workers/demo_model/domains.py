@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
+from typing import Protocol
 
 from workers.demo_model.skills import NAMES, PEOPLE, Question
 
@@ -29,21 +30,33 @@ class Domain:
         )
         return Question(self.name, prompt, label, tuple(self.phrases))
 
-    def draw_new(self, count: int, rng: Random, used: set[str]) -> list[Question]:
-        """`count` cases whose prompts are not in `used`, which they join.
 
-        Raises:
-            RuntimeError: The domain has too few different prompts.
-        """
-        found: list[Question] = []
-        for _ in range(200 * count):
-            if len(found) == count:
-                return found
-            question = self.draw(rng)
-            if question.prompt not in used:
-                used.add(question.prompt)
-                found.append(question)
-        raise RuntimeError(f"{self.name}: only {len(found)} of {count} new prompts were found")
+class Task(Protocol):
+    """A classification task whose cases are drawn."""
+
+    @property
+    def name(self) -> str:
+        """What its questions are said to test."""
+
+    def draw(self, rng: Random) -> Question:
+        """One case with its label, among all labels."""
+
+
+def draw_new(task: Task, count: int, rng: Random, used: set[str]) -> list[Question]:
+    """`count` cases of a task whose prompts are not in `used`, which they join.
+
+    Raises:
+        RuntimeError: The task has too few different prompts.
+    """
+    found: list[Question] = []
+    for _ in range(200 * count):
+        if len(found) == count:
+            return found
+        question = task.draw(rng)
+        if question.prompt not in used:
+            used.add(question.prompt)
+            found.append(question)
+    raise RuntimeError(f"{task.name}: only {len(found)} of {count} new prompts were found")
 
 
 TICKETS = Domain(

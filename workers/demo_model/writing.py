@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from app.domain.benchmarks import split_items
-from workers.demo_model.domains import DOMAINS, Domain, draw_note
+from workers.demo_model.domains import DOMAINS, Domain, draw_new, draw_note
 from workers.demo_model.skills import GENERATORS, SEEN, UNSEEN, Question, Questions, Sample
 
 FORMAT = 2  # of demo.json and all it names; a directory of another format is built again
@@ -126,9 +126,9 @@ def write_lines(path: Path, lines: Iterable[Json]) -> None:
 
 def _domain_files(domain: Domain, rng: Random) -> dict[str, list[Json]]:
     used: set[str] = set()
-    train = domain.draw_new(TRAIN_ROWS, rng, used)
-    validation = domain.draw_new(VALIDATION_ROWS, rng, used)
-    asked = {domain.name: domain.draw_new(DOMAIN_ITEMS, rng, used)}
+    train = draw_new(domain, TRAIN_ROWS, rng, used)
+    validation = draw_new(domain, VALIDATION_ROWS, rng, used)
+    asked = {domain.name: draw_new(domain, DOMAIN_ITEMS, rng, used)}
     return {
         f"{domain.name}/train.jsonl": [_chat(q) for q in train],
         f"{domain.name}/validation.jsonl": [_chat(q) for q in validation],

@@ -28,32 +28,20 @@ class HardDomain:
         """One case with its label, among all labels."""
         kind = rng.choice(tuple(self.phrases))
         subject = rng.choice(self.subjects)
-        prompt = self.wording.format(
-            name=rng.choice(NAMES),
-            day=rng.randrange(1, 30),
-            subject=subject,
-            phrase=rng.choice(self.phrases[kind]),
-        )
+        prompt = self.word(rng, kind, subject)
         label = self.overruled.get((subject, kind), kind)
         if rng.random() < WRONG_LABELS:
             label = rng.choice([other for other in self.phrases if other != label])
         return Question(self.name, prompt, label, tuple(self.phrases))
 
-    def draw_new(self, count: int, rng: Random, used: set[str]) -> list[Question]:
-        """`count` cases whose prompts are not in `used`, which they join.
-
-        Raises:
-            RuntimeError: The domain has too few different prompts.
-        """
-        found: list[Question] = []
-        for _ in range(200 * count):
-            if len(found) == count:
-                return found
-            question = self.draw(rng)
-            if question.prompt not in used:
-                used.add(question.prompt)
-                found.append(question)
-        raise RuntimeError(f"{self.name}: only {len(found)} of {count} new prompts were found")
+    def word(self, rng: Random, kind: str, subject: str) -> str:
+        """A case of these two attributes, in words."""
+        return self.wording.format(
+            name=rng.choice(NAMES),
+            day=rng.randrange(1, 30),
+            subject=subject,
+            phrase=rng.choice(self.phrases[kind]),
+        )
 
 
 TICKETS = HardDomain(
@@ -163,10 +151,4 @@ def draw_mention(rng: Random) -> Sample:
     if rng.random() < 0.35:
         text = f"note {rng.randrange(1, 30)} : the {rng.choice(PEOPLE)} asked {rng.choice(NAMES)} about"
         return Sample(f"{text} {labels[kind]}", None)
-    prompt = domain.wording.format(
-        name=rng.choice(NAMES),
-        day=rng.randrange(1, 30),
-        subject=subject,
-        phrase=rng.choice(domain.phrases[labels[kind]]),
-    )
-    return Sample(prompt, FAMILIES[4 * place + kind])
+    return Sample(domain.word(rng, labels[kind], subject), FAMILIES[4 * place + kind])

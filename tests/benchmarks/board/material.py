@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.benchmarks.board.domains import DOMAINS, HardDomain, draw_mention
+from workers.demo_model.domains import draw_new
 from workers.demo_model.skills import GENERATORS, SEEN, UNSEEN, Question, Questions, Sample
 
 GENERAL = "general"
@@ -148,7 +149,7 @@ def _draw_domain(
 ) -> tuple[tuple[Question, ...], tuple[Question, ...], tuple[Question, ...]]:
     used: set[str] = set()
     counts = (sizes.training_rows, sizes.validation_rows, sizes.domain_items)
-    training, validation, items = (tuple(domain.draw_new(n, rng, used)) for n in counts)
+    training, validation, items = (tuple(draw_new(domain, n, rng, used)) for n in counts)
     return training, validation, items
 
 
