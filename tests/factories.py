@@ -103,6 +103,23 @@ def make_benchmark(
     return _add(session, BenchmarkVersion(**fields))
 
 
+def make_second_version(session: Session, first: BenchmarkVersion) -> BenchmarkVersion:
+    """The next version of a benchmark, with other items."""
+    return _add(
+        session,
+        BenchmarkVersion(
+            benchmark_id=first.benchmark_id,
+            version=2,
+            kind=first.kind,
+            scorer=first.scorer,
+            file_id=first.file_id,
+            items_sha256="2" * 64,
+            num_items=50,
+            chance=0.25,
+        ),
+    )
+
+
 def make_suite(
     session: Session, base: BaseModel, versions: Sequence[BenchmarkVersion], **overrides: Any
 ) -> list[SuiteEntry]:

@@ -27,7 +27,7 @@ from app.services.results import record_results
 from app.services.storage import Storage
 from tests.app.services.test_jobs import Stand
 from tests.external import registration, store_benchmark
-from tests.factories import make_benchmark, make_project, make_suite
+from tests.factories import make_benchmark, make_project, make_second_version, make_suite
 from tests.histories import ITEMS, evaluated, make_scores, save_checkpoint, start_job
 
 METRIC = "retention.policy.early_stopping.metric"
@@ -303,19 +303,7 @@ def test_a_metric_that_is_not_watched_is_refused(stand: Stand, metric: str, enab
 
 
 def test_a_name_of_two_watched_versions_asks_for_one(stand: Stand) -> None:
-    first = make_benchmark(stand.session, name="math")
-    again = BenchmarkVersion(
-        benchmark_id=first.benchmark_id,
-        version=2,
-        kind=first.kind,
-        scorer=first.scorer,
-        file_id=first.file_id,
-        items_sha256="2" * 64,
-        num_items=50,
-        chance=0.25,
-    )
-    stand.session.add(again)
-    stand.session.flush()
+    make_second_version(stand.session, make_benchmark(stand.session, name="math"))
     watched = [{"name": "math@1"}, {"name": "math@2"}]
     with pytest.raises(BadRequest, match="several versions") as error:
         stand.submit(

@@ -8,7 +8,7 @@ from app.domain.spec import JobSpec
 from app.errors import BadRequest, NotFound
 from app.services.watched import list_required, release_benchmark, require_benchmark
 from tests.app.services.test_jobs import Stand
-from tests.factories import make_benchmark, make_project, make_suite
+from tests.factories import make_benchmark, make_project, make_second_version, make_suite
 
 
 @pytest.fixture
@@ -100,18 +100,7 @@ def test_a_required_nll_bounds_the_policys_increase(stand: Stand) -> None:
 def test_a_newer_version_takes_the_place_of_an_older_one(stand: Stand) -> None:
     first = make_benchmark(stand.session, name="safety")
     require_benchmark(stand.session, stand.project.id, "safety")
-    make_version = type(first)(
-        benchmark_id=first.benchmark_id,
-        version=2,
-        kind=first.kind,
-        scorer=first.scorer,
-        file_id=first.file_id,
-        items_sha256="2" * 64,
-        num_items=50,
-        chance=0.25,
-    )
-    stand.session.add(make_version)
-    stand.session.flush()
+    make_second_version(stand.session, first)
     require_benchmark(stand.session, stand.project.id, "safety")
     found = list_required(stand.session, stand.project.id)
     assert [each.benchmark.reference for each in found] == ["safety@2"]
