@@ -255,6 +255,7 @@ def _tell(
             "before": row.evidence["state"],
             "after": decision.state.model_dump(mode="json"),
             "alternatives": list(decision.alternatives),
+            "diagnosis": decision.details.get("diagnosis"),
         },
     }
     proposed = "proposed " if decision.is_proposal else ""

@@ -145,6 +145,7 @@ def record_evaluation(
         valid_loss=message.valid_loss,
         metric=metric_of(watch, message.scores),
         train_loss_finite=message.losses_finite,
+        diagnosis=message.diagnosis if reading.verdict is Verdict.REGRESS else None,
         checkpoints=list_facts(history, job),
     )
     row = apply_decision(session, job, watch.policy, look, origin=RUN)
@@ -304,7 +305,7 @@ def _describe_power(found: Power, floors: Sequence[str]) -> str:
         what = (
             "that an undamaged model passes with 80 %"
             if wanted.binds == "pass"
-            else "that 2 points above the limit are called with 90 %"
+            else f"that 2 points above the limit are called with 90 %, up to look {wanted.look}"
         )
         text += f" Recommended are {wanted.items} gate items a benchmark; it takes them {what}."
     if floors:

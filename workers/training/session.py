@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.domain.decisions import ControllerState
+from app.domain.decisions import ControllerState, Diagnosis
 from app.domain.messages import (
     CheckpointSaved,
     DecisionReply,
@@ -25,8 +25,9 @@ from workers.data.tokens import TokenStore
 from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import DiskFull, load_checkpoint, make_carry, save_checkpoint
 from workers.training.conversation import Conversation
+from workers.training.diagnosis import diagnose, find_regression
 from workers.training.loop import Run
-from workers.training.suite import Suite
+from workers.training.suite import Marks, Suite
 
 NOT_FINITE_LIMIT = 3  # such steps in a row end in an evaluation
 REPAIR_STEPS = 20  # the search's grid is alpha = k / 20
@@ -204,10 +205,24 @@ def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
             seconds=session.evaluation_seconds,
             carry=make_carry(run),
             losses_finite=is_finite and not has_bad_validation,
+            diagnosis=_diagnose(session, marks),
         )
     )
     session.enter(came_from)
     return reply
+
+
+def _diagnose(session: Session, marks: Marks) -> Diagnosis | None:
+    """What a confirmed drop is made of, in a phase of its own; None where there is none."""
+    run, suite, policy = session.run, session.suite, session.plan.policy
+    reading = find_regression(run, suite, policy, marks)
+    if policy is None or reading is None:
+        return None
+    came_from = session.phase
+    session.enter("diagnosis")
+    found = diagnose(run, suite, policy, reading, marks)
+    session.enter(came_from)
+    return found
 
 
 def carry_out(session: Session, reply: DecisionReply) -> bool:

@@ -30,6 +30,25 @@ class Alternative(Schema):
     why_not: str | None
 
 
+class ShownDiagnosis(Schema):
+    """What a handful of replay steps, taken on a throw-away copy of the weights, brought back of a confirmed drop."""
+
+    kind: Literal["format", "knowledge", "unclear"]  # the first comes back by a few steps
+    reason: str | None  # why there are no numbers
+    benchmarks: list[str]
+    n_items: int  # scored again; none overlaps a replay row
+    drop: float | None  # on these items, in limits
+    share: float | None  # of the drop that came back
+    lower: float | None  # one-sided 95 %
+    upper: float | None
+    steps: int
+    rows: int
+    rate: float | None  # of the steps, as a multiple of the job's learning rate
+    held_before: float | None  # nats per token of other general rows
+    held_after: float | None
+    seconds: float
+
+
 class PersonsOrder(Schema):
     """Who ordered it, on which decision, and why."""
 
@@ -58,6 +77,7 @@ class DecisionBody(Identified):
     lever: str | None
     alternatives: list[Alternative]
     details: dict[str, Any]
+    diagnosis: ShownDiagnosis | None
     ordered: PersonsOrder | None
     evidence: dict[str, Any] | None
     decision: dict[str, Any] | None
@@ -114,7 +134,8 @@ def shared_fields(row: DecisionRow, *, with_evidence: bool) -> dict[str, Any]:
         "after": row.decision["state"],
         "lever": decision.lever,
         "alternatives": [_alternative(text) for text in decision.alternatives],
-        "details": decision.details,
+        "details": {k: v for k, v in decision.details.items() if k != "diagnosis"},
+        "diagnosis": decision.details.get("diagnosis"),
         "ordered": _ordered(row),
         "evidence": row.evidence if with_evidence else None,
         "decision": row.decision if with_evidence else None,
