@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
+from sqlalchemy.orm import Session
 
 from app.api.dependencies import (
     BearerDep,
@@ -34,6 +35,7 @@ from app.domain.scopes import Caller, Scope
 from app.domain.uploads import CompleteUpload, CreateUpload
 from app.errors import RetainError, TooLarge
 from app.services import uploads
+from app.services.quotas import check_storage, standard_quotas
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
@@ -90,13 +92,13 @@ def create_upload(
 ) -> Response:
     """Announces a file; its parts may come for an hour."""
     limit = resources.settings.max_resumable_bytes
-    return writer.run(
-        caller,
-        body,
-        lambda session: show_upload(
-            uploads.create_upload(session, caller.project_id, body, max_bytes=limit)
-        ),
-    )
+    quotas = standard_quotas(resources.settings)
+
+    def work(session: Session) -> UploadObject:
+        check_storage(session, caller.project_id, quotas, added_bytes=body.bytes)
+        return show_upload(uploads.create_upload(session, caller.project_id, body, max_bytes=limit))
+
+    return writer.run(caller, body, work)
 
 
 @router.get("/{upload_id}")
@@ -138,14 +140,17 @@ def complete_upload(
         done = uploads.find_completed(session, caller.project_id, key, body)
     if done is not None:
         return writer.run(caller, body, lambda _: show_upload(*done))
+    quotas = standard_quotas(resources.settings)
     with uploads.check_assembled(_place(resources), caller.project_id, key, body) as checked:
-        answer = writer.run(
-            caller,
-            body,
-            lambda session: show_upload(
+
+        def work(session: Session) -> UploadObject:
+            added = checked.stored.size_bytes
+            check_storage(session, caller.project_id, quotas, added_bytes=added)
+            return show_upload(
                 *uploads.finish_upload(session, caller.project_id, key, body, checked)
-            ),
-        )
+            )
+
+        answer = writer.run(caller, body, work)
     uploads.sweep_uploads(resources.session_factory, resources.storage, upload_id=key)
     return answer
 

@@ -220,6 +220,20 @@ def test_an_hour_later_it_is_expired_and_its_parts_are_swept(api: Api) -> None:
     assert len(parts_of(api, other)) == 1
 
 
+def test_uploads_count_against_the_storage_quota(api: Api) -> None:
+    api.project.max_storage_bytes = len(BODY)
+    api.session.commit()
+    upload_id = announce(api).json()["id"]
+    part = send(api, upload_id, BODY).json()["id"]
+    over = announce(api, bytes=len(BODY) + 1)
+    assert (over.status_code, over.json()["error"]["code"]) == (429, "storage_full")
+    api.project.max_storage_bytes = len(BODY) - 1
+    api.session.commit()
+    refused = complete(api, upload_id, [part])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "storage_full")
+    assert api.stored_files() == []
+
+
 def test_uploads_of_another_project_are_not_there(api: Api) -> None:
     upload_id = announce(api).json()["id"]
     part = send(api, upload_id, BODY).json()["id"]
