@@ -121,12 +121,9 @@ def _follow_law(
     *,
     was_cooling: bool,
 ) -> Decision | None:
-    """What the law of `dual` turns; it lowers nothing while a change before it still settles.
-
-    A raise makes the objective another, so patience counts anew.
-    """
-    turn = find_turn(policy.dual, levers, state, reading)
-    if turn is None or (was_cooling and turn.after < turn.before):
+    """What the law of `dual` turns; a raise makes the objective another, so patience counts anew."""
+    turn = find_turn(policy.dual, levers, state, reading, is_settling=was_cooling)
+    if turn is None:
         return None
     is_raise = turn.after > turn.before
     counted = state.model_copy(update={"cool_down": policy.ladder.cool_down_evals})

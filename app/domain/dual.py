@@ -92,24 +92,30 @@ def is_futile(law: Dual, state: ControllerState, reading: Reading) -> bool:
 
 
 def find_turn(
-    law: Dual, levers: Sequence[LeverState], state: ControllerState, reading: Reading
+    law: Dual,
+    levers: Sequence[LeverState],
+    state: ControllerState,
+    reading: Reading,
+    *,
+    is_settling: bool = False,
 ) -> Turn | None:
     """What the law moves after an evaluation without a confirmed regression; None: nothing worth an order.
 
     The first lever below its cap is raised toward the aim, the last one above its floor is lowered toward the
-    dead zone's edge; the newest error and the smoothed one must agree. An armed strategy stays off: only a confirmed drop activates it.
+    dead zone's edge, so as not to cross it; the newest error and the smoothed one must agree. While a change
+    before it settles nothing is lowered, nor raised when the drop is falling: what was done is at work. An armed
+    strategy stays off: only a confirmed drop activates it.
     """
     excess, error = aimed_excess(law, reading), state.excess_smoothed
     if excess is None or error is None:
         return None
     if excess > 1.0 and error > 0.0:
-        if is_futile(law, state, reading):
+        is_at_work = is_settling and excess - 1.0 < error
+        if is_at_work or is_futile(law, state, reading):
             return None
         return _first_turn(law, levers, state, error)
-    if _may_lower(reading) and max(excess - 1.0, error) < -law.deadzone:
-        beyond = (1.0 + error) / (
-            1.0 - law.deadzone
-        ) - 1.0  # the zone's edge, so as not to cross it
+    if not is_settling and _may_lower(reading) and max(excess - 1.0, error) < -law.deadzone:
+        beyond = (1.0 + error) / (1.0 - law.deadzone) - 1.0
         return _first_turn(law, levers[::-1], state, beyond)
     return None
 

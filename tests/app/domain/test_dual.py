@@ -263,10 +263,21 @@ def test_after_a_turn_of_the_law_lowering_waits_for_the_cool_down(cool_down: int
     assert all(b - a == cool_down + 1 for a, b in itertools.pairwise(lowered))
 
 
-def test_a_raise_by_the_law_does_not_wait() -> None:
+def test_a_raise_by_the_law_does_not_wait_while_the_drop_grows() -> None:
     now = state(excess_smoothed=0.5, cool_down=1)
     decision = decide(Policy(controller="dual"), [EWC], now, look(read(0.06)))
     assert decision.code == "law_raised"
+
+
+def test_while_a_change_settles_a_falling_drop_is_not_answered_by_more() -> None:
+    policy = Policy(controller="dual")
+    settling = state(excess_smoothed=1.0, cool_down=1)
+    falling = decide(policy, [EWC], settling, look(read(0.036)))
+    assert (falling.action, falling.state.cool_down) == (Action.KEEP, 0)
+    after = decide(policy, [EWC], falling.state, look(read(0.036)))
+    assert after.code == "law_raised"  # one evaluation, no longer
+    rising = decide(policy, [EWC], settling, look(read(0.072)))
+    assert rising.code == "law_raised"
 
 
 def test_a_raise_by_the_law_counts_patience_anew_and_a_lowering_does_not() -> None:
