@@ -16,6 +16,9 @@ def create_estimate(
     body: CreateJob, caller: JobsWriter, writer: WriterDep, resources: ResourcesDep
 ) -> Response:
     """Reckons memory, disk, tokens and time of a job, and whether it fits; no job is made."""
+    again = writer.replay(caller, body)
+    if again is not None:
+        return again
     found = estimate_job(resources.session_factory, resources.storage, caller.project_id, body)
 
     def work(_session: Session) -> EstimateObject:
