@@ -7,6 +7,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from app.db.models import DecisionRow, Job, JobOrder, WebhookEvent
+from app.domain.decisions import Diagnosis
 from app.domain.identifiers import public_id
 from app.domain.messages import Order
 from app.domain.policy import EarlyStopping, Ladder, Policy
@@ -27,10 +28,10 @@ class Told:
         self.session.commit()
         self.path = f"/v1/fine_tuning/jobs/{public_id('job', self.job.id)}/decisions"
 
-    def evaluate(self, step: int, lost: int = 0, *, branch: int = 0) -> str:
+    def evaluate(self, step: int, lost: int = 0, *, branch: int = 0, **rest: Any) -> str:
         """A look; gives the decision's path."""
         save_checkpoint(self.session, self.job, step, branch=branch)
-        message = evaluated(self.versions, step, branch=branch, lost=lost)
+        message = evaluated(self.versions, step, branch=branch, lost=lost, **rest)
         record_evaluation(self.session, self.job.id, 1, message)
         self.job.step = max(self.job.step, step)
         self.session.commit()
@@ -72,6 +73,45 @@ def test_a_decision_shows_what_set_it_off_and_what_else_was_open(told: Told) -> 
     assert replay(whole["evidence"]).model_dump(mode="json") == whole["decision"]
     rival = told.api.client_of(make_project(told.session))
     assert rival.get(f"/v1/decisions/{decision}").status_code == 404
+
+
+def test_a_diagnosis_is_shown_told_and_replayed(api: Api) -> None:
+    told = Told(api, Policy())
+    found = Diagnosis(
+        benchmarks=("multiple_choice",),
+        n_items=400,
+        drop=2.2,
+        share=0.1,
+        lower=0.0,
+        upper=0.2,
+        steps=8,
+        rows=128,
+        rate=1.0,
+        held_before=2.0,
+        held_after=1.5,
+        seconds=3.0,
+    )
+    path = told.evaluate(30, 80, diagnosis=found)
+    shown = api.client.get(path.replace(told.path, "/v1/decisions")).json()
+    assert shown["action"] == "raise_strength"  # with the same policy repair comes first without it
+    assert shown["diagnosis"] == {"kind": "knowledge", **found.model_dump(mode="json")}
+    assert shown["details"] == {}
+    assert "Diagnosis: knowledge, 10% of the drop came back" in shown["reason"]
+    whole = api.client.get(f"/v1/decisions/{shown['id']}", params={"include": "evidence"}).json()
+    assert replay(whole["evidence"]).model_dump(mode="json") == whole["decision"]
+    (event,) = [
+        e
+        for e in api.client.get(told.path.replace("decisions", "events")).json()["data"]
+        if e["data"].get("code") == "decision"
+    ]
+    assert event["data"]["decision"]["diagnosis"]["kind"] == "knowledge"
+    assert "Diagnosis: knowledge" in event["message"]
+
+
+def test_without_a_regression_no_diagnosis_is_kept(told: Told) -> None:
+    path = told.evaluate(30, 0, diagnosis=Diagnosis(reason="the scores were read otherwise"))
+    shown = told.api.client.get(path.replace(told.path, "/v1/decisions")).json()
+    assert (shown["action"], shown["diagnosis"]) == ("keep", None)
 
 
 def test_a_strength_is_set_by_a_person_and_told_to_the_trainer(told: Told) -> None:
