@@ -5,17 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.workers.strategies.linear import Linear, draw_pairs, linear_context
 from tests.workers.strategies.stage import (
     F64,
-    VOCABULARY,
     WIDTH,
     Stage,
     make_micro,
     make_rows,
 )
 from workers.strategies import importance as passes
-from workers.strategies.batch import Forward
-from workers.strategies.context import Context
 from workers.strategies.importance import clip_at_quantile, normalize_importance
 from workers.strategies.methods import ewc
 from workers.strategies.methods.ewc import Ewc, measure_fisher
@@ -49,42 +47,14 @@ def flat(fisher):
     return torch.cat([fisher[name].flatten() for name in sorted(fisher)])
 
 
-class SoftmaxRegression(nn.Module):
-    """Logits W x of fixed features, one token a row."""
-
-    def __init__(self, classes=4, inputs=3):
-        super().__init__()
-        rng = generator(1)
-        self.features = torch.randn(VOCABULARY, inputs, generator=rng, dtype=F64)
-        self.weight = nn.Parameter(torch.randn(classes, inputs, generator=rng, dtype=F64))
-
-    def forward(self, input_ids_BT, positions_N):
-        return self.features[input_ids_BT.flatten()[positions_N]] @ self.weight.T
-
-
 @pytest.fixture
 def regression():
     """(context, features x, labels y, probabilities q) of 40 rows with one supervised token each."""
-    model = SoftmaxRegression()
-    rng = generator(2)
-    ids = torch.randint(1, VOCABULARY, (40,), generator=rng)
-    labels = torch.randint(0, 4, (40,), generator=rng)
-    rows = [[0, int(i), int(y)] for i, y in zip(ids, labels, strict=True)]
-    ctx = Context(
-        model=model,
-        params={"weight": model.weight},
-        lora_pairs=(),
-        coefs={"ewc": 1.0},
-        run_seed=0,
-        device=torch.device("cpu"),
-        batch_size=8,
-        num_training_rows=0,
-        num_general_rows=40,
-        general_micros=lambda r: iter([make_micro([("general", i, rows[i], False) for i in r])]),
-        forward=lambda micro: Forward(model(micro.input_ids_BT, micro.positions_N)),
-    )
+    model = Linear()
+    ids, labels = draw_pairs()
     features = model.features[ids]
-    return ctx, features, labels, (features @ model.weight.detach().T).softmax(-1)
+    probabilities = (features @ model.weight.detach().T).softmax(-1)
+    return linear_context(model, "ewc", ids, labels), features, labels, probabilities
 
 
 def test_empirical_fisher_of_softmax_regression_is_the_closed_form(regression):

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
-from tests.workers.strategies.stage import F64, VOCABULARY, WIDTH, Stage, make_micro
-from workers.strategies.batch import Forward
-from workers.strategies.context import Context
+from tests.workers.strategies.linear import Linear, draw_pairs, linear_context
+from tests.workers.strategies.stage import F64, WIDTH, Stage
 from workers.strategies.methods.mas import Mas, measure_sensitivity
 
 
@@ -14,43 +12,13 @@ def stage_of(strategy=None, *, strength=1.0, **overrides):
     return Stage([strategy] if strategy else [], {"mas": strength}, **overrides)
 
 
-class Linear(nn.Module):
-    """Logits W x of fixed features, one token a row."""
-
-    def __init__(self):
-        super().__init__()
-        rng = torch.Generator().manual_seed(1)
-        self.features = torch.randn(VOCABULARY, 3, generator=rng, dtype=F64)
-        self.weight = nn.Parameter(torch.randn(4, 3, generator=rng, dtype=F64))
-
-    def forward(self, input_ids_BT, positions_N):
-        return self.features[input_ids_BT.flatten()[positions_N]] @ self.weight.T
-
-
 def test_sensitivity_of_a_linear_map_is_the_closed_form():
     """|2 z_k x_j| of the centred logits z, whatever the labels."""
     model = Linear()
-    rng = torch.Generator().manual_seed(2)
-    ids = torch.randint(1, VOCABULARY, (40,), generator=rng)
-    labels = torch.randint(0, 4, (40,), generator=rng)
+    ids, labels = draw_pairs()
 
     def measured(with_labels):
-        rows = [[0, int(i), int(y)] for i, y in zip(ids, with_labels, strict=True)]
-        ctx = Context(
-            model=model,
-            params={"weight": model.weight},
-            lora_pairs=(),
-            coefs={"mas": 1.0},
-            run_seed=0,
-            device=torch.device("cpu"),
-            batch_size=8,
-            num_training_rows=0,
-            num_general_rows=40,
-            general_micros=lambda r: iter(
-                [make_micro([("general", i, rows[i], False) for i in r])]
-            ),
-            forward=lambda micro: Forward(model(micro.input_ids_BT, micro.positions_N)),
-        )
+        ctx = linear_context(model, "mas", ids, with_labels)
         return measure_sensitivity(ctx, range(40))["importance/weight"]
 
     x = model.features[ids]
