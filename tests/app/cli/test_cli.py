@@ -157,12 +157,35 @@ def test_keys_are_made_listed_and_revoked_while_it_runs(up: Up) -> None:
     listed = retain("keys", "list", "--project", "team", **here).stdout
     assert text[8:16] in listed
     assert text[17:] not in listed
+    new = retain("keys", "rotate", text, "--overlap-hours", "1", **here).stdout.strip()
+    for key in (text, new):
+        assert retain("jobs", "list", **client | {"RETAIN_API_KEY": key}).returncode == 0
     assert retain("keys", "revoke", text[8:16], **here).returncode == 0
     revoked_at = time.monotonic()
     while "401" not in retain("jobs", "list", **client).stderr:
         assert time.monotonic() - revoked_at < 5
         time.sleep(0.1)
     assert "revoked" in retain("keys", "list", **here).stdout
+
+
+def test_the_operator_gives_projects_quotas(up: Up) -> None:
+    here = {"RETAIN_DATA_DIR": str(up.data_dir)}
+    given = ("--max-queued-jobs", "7", "--max-storage-bytes", "5000")
+    assert retain("projects", "set", "limited", *given, **here).returncode == 0
+    row = re.search(r"limited .*", retain("projects", "list", **here).stdout)
+    assert row is not None
+    assert re.split(r"\s{2,}", row[0].strip()) == ["limited", "0 of 7", "0", "0 of 5,000"]
+    assert (
+        retain("projects", "set", "limited", "--max-storage-bytes", "default", **here).returncode
+        == 0
+    )
+    assert "5,000" not in retain("projects", "list", **here).stdout
+    for wrong in (["--max-queued-jobs", "0"], ["--max-running-jobs", "many"], []):
+        refused = retain("projects", "set", "limited", *wrong, **here)
+        assert (refused.returncode, "max_" in refused.stderr or "--max" in refused.stderr) == (
+            1,
+            True,
+        )
 
 
 def test_benchmarks_are_added_over_http(over_http: dict[str, str], tmp_path: Path) -> None:
