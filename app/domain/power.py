@@ -71,6 +71,7 @@ class Recommendation(Frozen):
 
     items: int | None  # the larger of the two
     binds: Literal["pass", "regress"]  # which of them it is
+    look: int  # up to which damage that begins is called at once, as below; a later one spends less error
     items_for_pass: int | None  # an undamaged model passes, the mean and every NLL, with 80 %
     items_for_regress: (
         int | None
@@ -115,14 +116,16 @@ def power(policy: Policy, benchmarks: Sequence[PlannedBenchmark], *, look: int =
     Args:
         policy: Limits of the job.
         benchmarks: What is watched.
-        look: The first one for what drops early; a later one spends less error, so it needs more items.
+        look: The first one for what drops early; a later one spends less error, so it needs more items. What is
+            recommended is for the tenth at least: so many evaluations a job is given where nobody says otherwise.
     """
     expected = [_expect(benchmark) for benchmark in benchmarks]
     accuracies = [e for e in expected if _counts(e) and e.source.scorer is not Scorer.NLL]
     limited = [
         e for e in expected if _counts(e) and (e.source.scorer is Scorer.NLL or e.source.max_drop)
     ]
-    alpha = alpha_spent(look) / max(bool(accuracies) + len(limited), 1)
+    n_limits = max(bool(accuracies) + len(limited), 1)
+    alpha = alpha_spent(look) / n_limits
     texts = [e for e in limited if e.source.scorer is Scorer.NLL]
     needed_by_all = [(_estimator(e), policy.max_nll_increase) for e in texts]
     mean = None
@@ -135,7 +138,7 @@ def power(policy: Policy, benchmarks: Sequence[PlannedBenchmark], *, look: int =
         from_baseline=bool(benchmarks) and all(b.baseline is not None for b in benchmarks),
         mean=mean,
         benchmarks={e.source.name: _benchmark_power(policy, e, alpha) for e in expected},
-        recommended=_recommend(needed_by_all, alpha) if needed_by_all else None,
+        recommended=_recommend(needed_by_all, n_limits, max(look, EVALUATIONS_WISHED)),
     )
 
 
@@ -258,8 +261,13 @@ def _mean_estimator(expected: Sequence[_Expected]) -> _Estimator:
     return lambda drop, n: _mean_estimate(expected, drop, n)
 
 
-def _recommend(limited: Sequence[tuple[_Estimator, float]], alpha: float) -> Recommendation:
+def _recommend(
+    limited: Sequence[tuple[_Estimator, float]], n_limits: int, look: int
+) -> Recommendation | None:
     """For what a pass needs: the mean and every NLL, each with its limit; taken to err independently."""
+    if not limited:
+        return None
+    alpha = alpha_spent(look) / n_limits
     for_pass = _fewest_items(
         lambda n: math.prod(_pass_chance(estimate(0.0, n), limit) for estimate, limit in limited),
         WANTED_POWER,
@@ -276,6 +284,7 @@ def _recommend(limited: Sequence[tuple[_Estimator, float]], alpha: float) -> Rec
     return Recommendation(
         items=most if is_reached else None,
         binds="pass" if for_pass is None or for_pass == most else "regress",
+        look=look,
         items_for_pass=for_pass,
         items_for_regress=for_regress,
     )
