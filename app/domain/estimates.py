@@ -143,9 +143,9 @@ def _strategy(
     for rows, count in zip(plain, steps, strict=True):
         seconds = cost.light_share * without + cost.reread_rows * pace.passes(rows)
         if cost.added_rows:
-            seconds += pace.passes(rows.times(cost.added_rows))
+            seconds += pace.passes(rows.times(cost.added_rows), within=rows)
         if cost.taught_rows:
-            seconds += pace.forward(rows.times(cost.taught_rows))
+            seconds += pace.forward(rows.times(cost.taught_rows), within=rows)
         extra.append(seconds)
         added += count * rows.real_tokens * cost.added_rows
     source = asked.general if cost.needs_general else asked.stages[0].rows

@@ -12,7 +12,7 @@ from app.domain.estimates_work import Work
 from app.domain.frozen import Frozen
 
 #: Weight of what is said of a device before it is measured, as a share of one measured run.
-PRIOR_WEIGHT: Final = 0.02
+PRIOR_WEIGHT: Final = 0.002
 MOST_RUNS: Final = 50  # the latest of a device class
 
 Vector = NDArray[np.float64]
@@ -29,6 +29,7 @@ class Measured(Frozen):
     peak_bytes: int  # above what the process held before the model was loaded
     steps: int  # that the numbers below are of
     step_seconds: float  # of all of them together; the first of an attempt is not counted
+    cpu_seconds: float  # of the process in those steps: what neighbours on the machine do not change
     rows: int
     tokens: int  # padded
     supervised: int

@@ -168,3 +168,15 @@ def _activations(
 
 def _kept(activation: str) -> int:
     return KEPT_BY_ACTIVATION.get(activation, KEPT_BY_FUSED_ACTIVATION)
+
+
+def sharded_peak(memory: Memory, shape: ModelShape, numbers: Numbers, num_gpus: int) -> int:
+    """The peak of one of several GPUs, were weights and their state spread over them; runs here do not do so.
+
+    What lasts is divided; activations stay, as do the weights of the layer at work and of the one fetched ahead.
+    """
+    lasting = memory.lasting + memory.gradients
+    passing = memory.activations + memory.logits
+    gathered = 2 * max(shape.layer_parameters) * numbers.base_bytes
+    table = shape.head_size_parameters * numbers.base_bytes
+    return lasting // num_gpus + passing + gathered + table

@@ -26,15 +26,15 @@ class Pace:
         """A step: forward, backward and update; ranks share its micro-batches."""
         return self.passes(rows) + update_work(self._trained).seconds(self._rates)
 
-    def passes(self, rows: StepRows) -> float:
-        """Forward and backward over rows."""
+    def passes(self, rows: StepRows, *, within: StepRows | None = None) -> float:
+        """Forward and backward over rows; ranks share them as they share those of the step they are `within`."""
         work = step_work(self._shape, self._trained, rows, self._layer)
-        return work.seconds(self._rates) / self._share(rows)
+        return work.seconds(self._rates) / self._share(within or rows)
 
-    def forward(self, rows: StepRows) -> float:
+    def forward(self, rows: StepRows, *, within: StepRows | None = None) -> float:
         """A forward alone."""
         work = forward_work(self._shape, rows, self._layer)
-        return work.seconds(self._rates) / self._share(rows)
+        return work.seconds(self._rates) / self._share(within or rows)
 
     def reading(self, tokens: float, mean: float, *, supervised: float = 1.0) -> float:
         """A forward over so many tokens in micro-batches of READ_TOKENS; ranks share them."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Workload:
         self.held_before = 0  # bytes, before the model was loaded
         self._steps = self._rows = self._tokens = self._supervised = 0
         self._pairs = self._micros = 0
-        self._seconds = 0.0
+        self._seconds = self._cpu_seconds = self._cpu_pending = 0.0
         self._peak = 0
         self._largest = (0, 0, 0)
         self._pending: list[tuple[int, int, int]] = []
@@ -40,7 +41,9 @@ class Workload:
         """Watches memory while a step is done inside."""
         self._pending = []
         begin_peak(device)
+        before = time.process_time()
         yield
+        self._cpu_pending = time.process_time() - before
         self._peak = max(self._peak, read_peak(device))
 
     def end_step(self, seconds: float) -> None:
@@ -53,6 +56,7 @@ class Workload:
             return
         self._steps += 1
         self._seconds += seconds
+        self._cpu_seconds += self._cpu_pending
         self._micros += len(self._pending)
         for rows, width, supervised in self._pending:
             self._rows += rows
@@ -75,6 +79,7 @@ class Workload:
             peak_bytes=max(self._peak - self.held_before, 1),
             steps=self._steps,
             step_seconds=self._seconds,
+            cpu_seconds=self._cpu_seconds,
             rows=self._rows,
             tokens=self._tokens,
             supervised=self._supervised,
