@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -182,11 +183,13 @@ def test_levers_are_raised_from_the_first_and_lowered_from_the_last() -> None:
     at_cap = state(strengths={"ewc": 1000.0, "replay": 0.2}, excess_smoothed=1.0)
     raised = find_turn(LAW, levers, at_cap, read(0.06))
     assert raised is not None
-    assert (raised.lever, raised.after) == (REPLAY, pytest.approx(0.2 * math.exp(0.5)))
+    assert raised.lever == REPLAY
+    assert raised.after == pytest.approx(0.2 * math.exp(0.5))
     low = at_cap.model_copy(update={"excess_smoothed": -1.0})
     lowered = find_turn(LAW, levers, low, read(0.0))
     assert lowered is not None
-    assert (lowered.lever, lowered.after) == (REPLAY, pytest.approx(0.2 * math.exp(-0.5)))
+    assert lowered.lever == REPLAY
+    assert lowered.after == pytest.approx(0.2 * math.exp(-0.5))
     as_asked = low.model_copy(update={"strengths": {"ewc": 1000.0, "replay": 0.1}})
     lowered = find_turn(LAW, levers, as_asked, read(0.0))
     assert lowered is not None
@@ -303,7 +306,7 @@ def test_the_reason_names_the_numbers_it_rests_on() -> None:
 
 def test_evidence_of_the_law_before_this_one_is_refused_and_not_recomputed_otherwise() -> None:
     policy, seen = Policy(controller="dual"), state()
-    evidence = {
+    evidence: dict[str, Any] = {
         "policy": policy.model_dump(mode="json"),
         "levers": [EWC.model_dump(mode="json")],
         "state": seen.model_dump(mode="json"),

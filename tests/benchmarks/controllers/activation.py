@@ -75,10 +75,10 @@ def measure(policy: Policy, seeds: Sequence[int], *, looks: int = LOOKS) -> Summ
         if seen is not None:
             found.append(seen)
     few = [one for one in found if one.raises is not None and one.raises <= MOST_RAISES]
-    looks = [one.looks for one in found if one.looks is not None]
+    waited = [one.looks for one in found if one.looks is not None]
     return Summary(
         n=len(found),
         few_raises=share(len(few), len(found)),
         kept=share(sum(one.never_regressed for one in few), len(found)),
-        mean_looks=float(np.mean(looks)) if looks else math.nan,
+        mean_looks=float(np.mean(waited)) if waited else math.nan,
     )

@@ -60,11 +60,12 @@ class Plant:
             by_steps = (
                 self.noise * math.expm1(-rate * self.noise_rate) / math.expm1(-self.noise_rate)
             )
-        return self.floor + by_steps + self.free / (1.0 + (strength / self.half) ** self.steepness)
+        held = math.pow(strength / self.half, self.steepness)
+        return self.floor + by_steps + self.free / (1.0 + held)
 
     def settled_accuracy(self, strength: float) -> float:
         """The domain accuracy after long training at this strength."""
-        cost = (strength / (self.cost_at * self.needs * ASKED)) ** self.cost_steepness
+        cost = math.pow(strength / (self.cost_at * self.needs * ASKED), self.cost_steepness)
         return BASE_ACCURACY + self.gain / (1.0 + cost)
 
     def train(
@@ -97,7 +98,7 @@ class Plant:
 
 
 def _share(pace: float, rate: float) -> float:
-    return 1.0 - (1.0 - pace) ** rate
+    return 1.0 - math.pow(1.0 - pace, rate)
 
 
 STEERABLE: Final = (

@@ -89,7 +89,7 @@ def _verdicts(blocks: Sequence[Block]) -> list[str]:
         "| controller | plants | meets the goal on |",
         "|---|---|---|",
     ]
-    for place, row in enumerate(judged[0].rows):
+    for place, row in enumerate(blocks[0].rows):
         met = [b.plant.name for b in judged if b.rows[place].figures.meets_goal]
         lines.append(
             f"| {row.contender} | {len(met)} of {len(judged)} | {', '.join(met) or 'none'} |"

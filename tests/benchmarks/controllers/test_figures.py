@@ -6,10 +6,10 @@ from scipy import stats
 
 from app.domain.policy import Policy
 from app.domain.sensing import read_report
-from tests.benchmarks.controllers.__main__ import build_block
-from tests.benchmarks.controllers.activation import measure
+from tests.benchmarks.controllers.__main__ import main
 from tests.benchmarks.controllers.evidence import Items
 from tests.benchmarks.controllers.figures import mean_interval, share, summarise, sweep
+from tests.benchmarks.controllers.measuring import build_block
 from tests.benchmarks.controllers.pilots import CAP, OTHERS, OURS
 from tests.benchmarks.controllers.plants import (
     ASKED,
@@ -19,7 +19,6 @@ from tests.benchmarks.controllers.plants import (
     MILD,
     STEERABLE,
 )
-from tests.benchmarks.controllers.report import write_page
 
 BY_NAME = {plant.name: plant for plant in (*STEERABLE, *MILD)}
 RIVALS = {one.name: one for one in OTHERS}
@@ -68,7 +67,7 @@ def test_a_mean_has_students_interval() -> None:
 
 @pytest.mark.parametrize("name", ["prompt", "sudden"])
 def test_who_does_not_look_misses_the_goal_where_dual_meets_it(name: str) -> None:
-    block = build_block(BY_NAME[name], [OURS[1], *OTHERS], range(5))
+    block = build_block([OURS[1], *OTHERS], range(4), BY_NAME[name])
     ours, *others = [row.figures for row in block.rows]
     assert ours.meets_goal
     assert not any(figures.meets_goal for figures in others)
@@ -99,19 +98,13 @@ def test_a_job_without_a_version_has_gained_nothing() -> None:
     assert (figures.held.value, figures.could_not_hold, figures.meets_goal) == (0.0, 1.0, False)
 
 
-def test_the_page_names_plants_contenders_and_intervals() -> None:
-    blocks = [
-        build_block(plant, [OURS[1], OTHERS[1]], range(2)) for plant in (BY_NAME["prompt"], MENDED)
-    ]
-    page = write_page(
-        blocks,
-        [("dual", measure(Policy(controller="dual"), range(3)))],
-        command="make it",
-        seconds=1.0,
-    )
-    assert "Written by `make it`" in page
-    assert "| dual | " in page
+def test_the_command_writes_the_page_of_the_plants_asked_for(tmp_path) -> None:
+    asked = ["--jobs", "2", "--activations", "2", "--plant", "prompt", "--plant", "rate"]
+    main([*asked, "--out", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    assert "Written by `python -m tests.benchmarks.controllers --jobs 2" in page
     assert "## prompt: answers within two looks" in page
+    assert "## sudden" not in page
     assert "No fixed strength holds." in page
     row = next(line for line in page.splitlines() if line.startswith("| **dual** | 100 ["))
     assert row.count("|") == 11
