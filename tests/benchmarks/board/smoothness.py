@@ -5,6 +5,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def measure(name: str, seed: int) -> Mapping[str, float]:
             found[f"{label} loss"] = loss_of(run.model, rows)
             found[f"{label} sharpness"] = sharpness(
                 run.model,
-                lambda rows=rows: loss_of(run.model, rows),
+                partial(loss_of, run.model, rows),
                 num_directions=DIRECTIONS,
                 seed=seed,
             ).value
