@@ -284,7 +284,7 @@ def _calibration_text(calibration: Calibration, device: Device) -> str:
 def read_shape(base: Path) -> ModelShape:
     """As `retain models add` reads it."""
     config = json.loads((base / "config.json").read_text())
-    with safetensors.safe_open(base / "model.safetensors", framework="np") as file:  # type: ignore[no-untyped-call]
+    with safetensors.safe_open(base / "model.safetensors", framework="np") as file:
         tensors = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     shape = describe_shape(config, tensors)
     if shape is None:
