@@ -12,7 +12,7 @@ from app.domain.decisions import (
     Reading,
     Verdict,
 )
-from app.domain.diagnosis import can_repair, why_no_repair, with_diagnosis
+from app.domain.diagnosis import can_repair, replay_rate, why_no_repair, with_diagnosis
 from app.domain.dual import (
     find_turn,
     is_futile,
@@ -205,7 +205,7 @@ def _climb(
         return _roll_back(policy, levers, state, look, "drop_confirmed", what, ())
     closed = why_no_repair(policy, state, look)
     if closed is None:
-        return _repair(policy, levers, state, what)
+        return _repair(policy, levers, state, look, what)
     passed_over.append(f"repair: {closed}")
     futile = policy.controller == "dual" and is_futile(policy.dual, state, look.reading)
     if state.raises_in_a_row < ladder.max_raises and not futile:
@@ -221,17 +221,19 @@ def _climb(
         return slower
     is_end = _target(look) is None or state.rollbacks >= ladder.max_rollbacks
     if is_end and can_repair(policy, state, look):  # put behind the others by the diagnosis alone
-        return _repair(policy, levers, state, what)
+        return _repair(policy, levers, state, look, what)
     return _roll_back(policy, levers, state, look, "drop_confirmed", what, tuple(passed_over))
 
 
 def _repair(
-    policy: Policy, levers: Sequence[LeverState], state: ControllerState, what: str
+    policy: Policy, levers: Sequence[LeverState], state: ControllerState, look: Look, what: str
 ) -> Decision:
-    """Back toward the base; where an armed strategy comes next it is activated with it, or the drop would return."""
+    """Replay steps where format was lost, and back toward the base; where an armed strategy comes next it is activated with it, or the drop would return."""
     state = _changed(policy, rested(state).model_copy(update={"repaired": True}))
     activation = next_activation(levers, state, policy.ladder.raise_factor)
     how = "Scaling the change back toward the base"
+    if replay_rate(look.diagnosis) is not None:
+        how = "Replay steps for good, then, where they do not suffice, scaling back toward the base"
     if activation is not None:
         lever, strength, clause = activation
         state = with_strength(state, lever.strategy, strength)

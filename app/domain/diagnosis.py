@@ -191,6 +191,13 @@ def with_diagnosis(decision: Decision, look: Look) -> Decision:
     )
 
 
+def replay_rate(diagnosis: Diagnosis | None) -> float | None:
+    """The rate at which a repair takes the replay steps for good before it scales back; None where it takes none."""
+    if diagnosis is None or kind_of(diagnosis) is not Damage.FORMAT:
+        return None
+    return diagnosis.rate
+
+
 def show_diagnosis(diagnosis: Diagnosis) -> dict[str, object]:
     """Its kind and its numbers."""
     return {"kind": kind_of(diagnosis).value, **diagnosis.model_dump(mode="json")}

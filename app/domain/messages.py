@@ -125,6 +125,8 @@ class Repaired(Frozen):
     step: int
     alpha: float  # 1: nothing was changed; 0: back at the base
     tried: dict[str, float | None]  # alpha -> relative drop on the gate items
+    replay_steps: int = 0  # taken before the search, where the diagnosis says that format was lost
+    holds: bool | None = None  # what was left has been measured to hold
 
 
 class OrderApplied(Frozen):
@@ -279,6 +281,9 @@ class DecisionReply(Frozen):
     reason: str
     state: ControllerState
     repair: bool = False
+    replay_rate: float | None = (
+        None  # with repair: replay steps come first, at this multiple of the learning rate
+    )
     roll_back: RollBack | None = None
     finish: bool = False  # early stop, stop, or the last step: publish and end
     publish: PublishTarget | None = None  # with finish; None: nothing can be published

@@ -17,6 +17,7 @@ from app.domain.decisions import (
     Reading,
     Verdict,
 )
+from app.domain.diagnosis import replay_rate
 from app.domain.gains import read_gains
 from app.domain.messages import DecisionReply, Evaluated, Finished, RollBack
 from app.domain.power import Power, power
@@ -150,7 +151,7 @@ def record_evaluation(
     )
     row = apply_decision(session, job, watch.policy, look, origin=RUN)
     decision = in_force(row)
-    reply = _reply(history, job, watch, message, decision)
+    reply = _reply(history, job, watch, message, look, decision)
     row.reply = reply.model_dump(mode="json")
     if decision.action is Action.ROLL_BACK:
         row.carry = message.carry.model_dump(mode="json")
@@ -266,7 +267,12 @@ def checkpoint_status(reading: Reading, *, losses_finite: bool) -> CheckpointSta
 
 
 def _reply(
-    history: HistoryRepository, job: Job, watch: Watch, message: Evaluated, decision: Decision
+    history: HistoryRepository,
+    job: Job,
+    watch: Watch,
+    message: Evaluated,
+    look: Look,
+    decision: Decision,
 ) -> DecisionReply:
     is_rollback = decision.action is Action.ROLL_BACK
     finish = decision.action is Action.STOP or (message.is_last and not is_rollback)
@@ -281,6 +287,7 @@ def _reply(
         reason=decision.reason,
         state=decision.state,
         repair=decision.action is Action.REPAIR,
+        replay_rate=replay_rate(look.diagnosis) if decision.action is Action.REPAIR else None,
         roll_back=roll_back_of(history, job) if is_rollback else None,
         finish=finish,
         publish=publish,

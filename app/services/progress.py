@@ -125,11 +125,13 @@ def store_plan(session: Session, job_id: UUID, attempt: int, message: Planned) -
 
 def record_repair(session: Session, job_id: UUID, attempt: int, message: Repaired) -> None:
     """Tells what a repair found."""
-    text = (
-        "No point between base and tuned holds; the weights stay as they were."
-        if message.alpha == 1
-        else f"Scaled back to {message.alpha:.0%} of the way from the base."
-    )
+    text = f"Scaled back to {message.alpha:.0%} of the way from the base."
+    if message.alpha == 1 and message.holds:
+        text = f"{message.replay_steps} replay steps brought back what was lost."
+    elif message.alpha == 1:
+        text = "No point between base and tuned holds; the weights stay as they were."
+    if message.replay_steps and not (message.alpha == 1 and message.holds):
+        text = f"{message.replay_steps} replay steps did not suffice. {text.partition(';')[0].rstrip('.')}."
     add_job_event(
         session,
         hold(session, job_id, attempt),

@@ -134,6 +134,8 @@ def replay_steps(run: Run, replay: Replay, rate: float) -> None:
         for group in run.optimizer.param_groups
         for name in group["names"]
     }
+    held: frozenset[str] = frozenset().union(*(s.held(run.ctx) for s in run.strategies))
+    moved = {name: p for name, p in run.ctx.params.items() if name not in held}
     run.model.train()
     for place, rows in enumerate(replay.steps):
         torch.manual_seed(run.training.seed * 1_009 + place)
@@ -143,10 +145,19 @@ def replay_steps(run: Run, replay: Replay, rate: float) -> None:
             (_nats(run, micro) / max(weight, 1e-12)).backward()  # type: ignore[no-untyped-call]
         run.ranks.sum_gradients(run.ctx.params.values())
         with torch.no_grad():
-            for name, parameter in run.ctx.params.items():
+            for name, parameter in moved.items():
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.sign(), alpha=rates[name])
-                    parameter.grad = None
+            for parameter in run.ctx.params.values():
+                parameter.grad = None
+
+
+def rehearse(run: Run, rate: float) -> int:
+    """Takes the steps of the diagnosis for good, of which a few bring lost format back; how many they were."""
+    with throw_away(run) as kept:
+        replay_steps(run, plan_replay(run), rate)
+        kept.update({n: p.detach().to("cpu", copy=True) for n, p in run.ctx.params.items()})
+    return STEPS
 
 
 def held_loss(run: Run, replay: Replay) -> float:

@@ -25,7 +25,7 @@ from workers.data.tokens import TokenStore
 from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import DiskFull, load_checkpoint, make_carry, save_checkpoint
 from workers.training.conversation import Conversation
-from workers.training.diagnosis import diagnose, find_regression
+from workers.training.diagnosis import diagnose, find_regression, rehearse
 from workers.training.loop import Run
 from workers.training.suite import Marks, Suite
 
@@ -230,7 +230,7 @@ def carry_out(session: Session, reply: DecisionReply) -> bool:
     run = session.run
     run.not_finite_in_a_row = 0
     if reply.repair:
-        repair(session)
+        repair(session, reply.replay_rate)
     run.use(reply.state)
     if reply.roll_back is not None:
         roll_back(session, reply.roll_back, reply.state)
@@ -245,26 +245,42 @@ def roll_back(session: Session, target: RollBack, state: ControllerState) -> Non
     run.use(state)
 
 
-def repair(session: Session) -> None:
+def repair(session: Session, replay_rate: float | None = None) -> None:
     """Sets the weights to the point nearest to them, on the line from the base, that holds on gate items.
 
+    Before that come replay steps at `replay_rate`, and what they bring back may be enough.
     The search halves the grid as if drops fell along the line; what it takes has been measured to hold.
     Where no point above the base holds, nothing is changed.
     """
     run, talk, policy = session.run, session.talk, session.plan.policy or Policy()
+    replayed = 0 if replay_rate is None else rehearse(run, replay_rate)
     line = session.line()
     tried: dict[str, float | None] = {}
+
+    def holds_at(point: int) -> bool:
+        line.set(point / REPAIR_STEPS)
+        sensed = session.suite.sensed(session.suite.measure("gate"), "gate")
+        tried[f"{point / REPAIR_STEPS:g}"] = read_sensor(policy, sensed, look=1).drop
+        return holds(policy, sensed)
+
     low, high = 0, REPAIR_STEPS  # low holds, or is the base; high does not
+    if replayed and holds_at(high):
+        low = high
     while high - low > 1:
         middle = (low + high) // 2
-        line.set(middle / REPAIR_STEPS)
-        sensed = session.suite.sensed(session.suite.measure("gate"), "gate")
-        tried[f"{middle / REPAIR_STEPS:g}"] = read_sensor(policy, sensed, look=1).drop
-        low, high = (middle, high) if holds(policy, sensed) else (low, middle)
+        low, high = (middle, high) if holds_at(middle) else (low, middle)
     alpha = low / REPAIR_STEPS if low else 1.0
     line.set(alpha)
     talk.ask(
-        Repaired(id=talk.next_id(), branch=run.branch, step=run.step, alpha=alpha, tried=tried)
+        Repaired(
+            id=talk.next_id(),
+            branch=run.branch,
+            step=run.step,
+            alpha=alpha,
+            tried=tried,
+            replay_steps=replayed,
+            holds=low > 0,
+        )
     )
 
 

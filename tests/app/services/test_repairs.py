@@ -7,9 +7,12 @@ from sqlalchemy import select
 
 from app.db.models import DecisionRow, Job, JobEvent, WebhookEvent
 from app.domain.configs.quadratic import EwcConfig, L2SpConfig
+from app.domain.decisions import Diagnosis
+from app.domain.messages import Repaired
 from app.domain.policy import Policy
 from app.domain.strategies import StrategyConfig
 from app.services.monitoring import record_evaluation, replay_decision
+from app.services.progress import record_repair
 from tests.histories import evaluated, save_checkpoint, start_job
 
 
@@ -51,6 +54,49 @@ def test_a_repair_activates_what_is_armed_and_the_trainer_is_told_both(session) 
     held = record_evaluation(session, job.id, 2, evaluated(versions, 90))
     assert held.action in {"keep", "lower_strength"}
     assert held.state.strengths["ewc"] >= 100.0
+
+
+def test_lost_format_is_repaired_by_replay_steps_first(session) -> None:
+    job, versions = start(session, EwcConfig(strength=1.0))
+    save_checkpoint(session, job, 30)
+    found = Diagnosis(
+        n_items=400, drop=2.0, share=0.9, lower=0.8, upper=1.0, steps=8, rows=128, rate=3.0
+    )
+    message = evaluated(versions, lost=80, diagnosis=found)
+    reply = record_evaluation(session, job.id, 1, message)
+    assert (reply.action, reply.repair, reply.replay_rate) == ("repair", True, 3.0)
+    assert "Replay steps for good, then" in reply.reason
+    row = session.scalars(select(DecisionRow)).one()
+    assert row.decision["details"]["diagnosis"]["kind"] == "format"
+    assert replay_decision(row).model_dump(mode="json") == row.decision
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({"alpha": 0.4}, "Scaled back to 40% of the way from the base."),
+        ({"alpha": 1.0}, "No point between base and tuned holds; the weights stay as they were."),
+        (
+            {"alpha": 1.0, "replay_steps": 8, "holds": True},
+            "8 replay steps brought back what was lost.",
+        ),
+        (
+            {"alpha": 0.4, "replay_steps": 8, "holds": True},
+            "8 replay steps did not suffice. Scaled back to 40% of the way from the base.",
+        ),
+        (
+            {"alpha": 1.0, "replay_steps": 8, "holds": False},
+            "8 replay steps did not suffice. No point between base and tuned holds.",
+        ),
+    ],
+)
+def test_what_a_repair_found_is_told(session, found, told) -> None:
+    job, _ = start(session, EwcConfig(strength=1.0))
+    message = Repaired(id=1, branch=0, step=30, tried={}, **found)
+    record_repair(session, job.id, 1, message)
+    event = session.scalars(select(JobEvent).order_by(JobEvent.seq.desc())).first()
+    assert event.message == f"Step 30: repair. {told}"
+    assert event.data["replay_steps"] == found.get("replay_steps", 0)
 
 
 @pytest.mark.parametrize(

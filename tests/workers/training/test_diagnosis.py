@@ -1,5 +1,8 @@
 """Planted damage is told apart, and a diagnosis leaves the training as it was."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +37,7 @@ from workers.training.diagnosis import (
     find_regression,
     held_loss,
     plan_replay,
+    rehearse,
     replay_steps,
     throw_away,
 )
@@ -184,6 +188,60 @@ def test_the_rows_of_the_steps_and_those_that_judge_them_are_apart_and_follow_fr
     assert np.array_equal(np.concatenate(plan_replay(run).steps), read)
     run.step += 1
     assert not np.array_equal(np.concatenate(plan_replay(run).steps), read)
+
+
+def rehearsed(scratch, facts):
+    """What is known, in shares of the benchmark, before and after a rehearsal of planted format damage; the run."""
+    run = make_fact_run(scratch, facts)
+    suite = make_fact_suite(run, facts)
+    plant("shifted", run.model, facts, np.random.default_rng(1), 0.6)
+    before = suite.measure("gate")["benchv_facts"].scores.mean()
+    assert rehearse(run, 1.0) == STEPS
+    return before, suite.measure("gate")["benchv_facts"].scores.mean(), run
+
+
+def test_a_rehearsal_brings_lost_format_back_for_good_and_alike_when_it_is_done_again(
+    tmp_path,
+) -> None:
+    facts = learn_facts(0)
+    state = torch.get_rng_state()
+    before, after, run = rehearsed(tmp_path, facts)
+    assert before < 0.45
+    assert after > 0.85
+    assert torch.equal(state, torch.get_rng_state())
+    assert same(weights(run), weights(rehearsed(tmp_path, facts)[2]))
+
+
+@pytest.mark.parametrize("is_enough", [True, False])
+def test_a_repair_begins_with_replay_steps_and_scales_back_only_where_they_do_not_suffice(
+    tmp_path, is_enough
+) -> None:
+    policy = Policy(
+        eval_interval=4,
+        gate_items=10,
+        max_drop=0.9,
+        max_nll_increase=50.0 if is_enough else 0.05,
+        diagnosis=False,
+    )
+    supervisor = make_supervisor(
+        tmp_path,
+        decide=lambda _, m: (
+            {"repair": True, "replay_rate": 1.0 if is_enough else 1e-6} if m.step == 8 else {}
+        ),
+        training={"learning_rate": 3e-2, "lr_scheduler": "constant"},
+        policy=policy,
+    )
+    digits = "\n".join(json.dumps({"text": "0123456789 " * 3}) for _ in range(40))
+    Path(supervisor.plan.training_rows.path).write_text(digits)
+    assert supervisor.run_here() == EXIT_DONE
+    (repaired,) = supervisor.of("repaired")
+    assert repaired.replay_steps == STEPS
+    assert next(iter(repaired.tried)) == "1"
+    if is_enough:
+        assert (repaired.alpha, repaired.holds, len(repaired.tried)) == (1.0, True, 1)
+    else:
+        assert len(repaired.tried) > 1
+        assert repaired.holds is (repaired.alpha < 1)
 
 
 def replay_as_rank(ranks, scratch, facts):
