@@ -72,6 +72,7 @@ class Job(Record):
         dict[str, Any] | None
     ]  # of the latest attempt; eval_interval and gate_items stay
     warnings: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))
+    data_checks: Mapped[dict[str, Any] | None]  # a DataChecks, of fine-tuning jobs
     power: Mapped[dict[str, Any] | None]  # regress_at_80, pass_at_zero and item counts
     #: Null of external runs alone, on a model that is not registered here.
     base_model_id: Mapped[UUID] = mapped_column(ForeignKey("base_models.id"), nullable=True)
