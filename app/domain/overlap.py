@@ -81,6 +81,11 @@ def find_overlaps(
     return {name: lines for name, lines in found.items() if lines}
 
 
+def normalise(text: str) -> str:
+    """A text as it is compared as a whole: its words, or itself where it has none."""
+    return " ".join(_split(text)) or text.strip()
+
+
 def row_texts(row: Row) -> list[str]:
     """The texts of a row that may repeat a benchmark."""
     if isinstance(row, ChatRow):

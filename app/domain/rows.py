@@ -27,6 +27,7 @@ from app.domain.jsonlines import (
     refuse_line,
     validate_line,
 )
+from app.domain.row_checks import RowChecks, RowTally
 from app.errors import BadRequest
 
 TRAINING_FILE: Final = "training_file"
@@ -163,6 +164,7 @@ class RowsReport(Frozen):
     num_rows: int
     num_bytes: int
     num_learned_turns: int  # assistant turns in the loss; rows for the other formats
+    checks: RowChecks
 
 
 class ItemsReport(Frozen):
@@ -244,20 +246,56 @@ def check_rows(lines: Iterable[bytes | str], *, param: str = TRAINING_FILE) -> R
     """Reads a whole file of training rows, one line at a time.
 
     Raises:
-        BadRequest: The first bad line, or no line at all.
+        BadRequest: The first bad line, no line at all, or no answer in any.
     """
     num_rows = num_turns = 0
     found: RowFormat | None = None
     counted = _Counted(lines)
-    for _, row in iter_rows(counted, param=param):
+    tally = RowTally()
+    for line, row in iter_rows(counted, param=param):
         num_rows += 1
         found = row_format(row)
+        _take_row(tally, line, row)
         num_turns += sum(m.is_learned for m in row.messages) if isinstance(row, ChatRow) else 1
     if found is None:
         raise BadRequest(f"{param}: the file has no rows", param, INVALID_ROW)
+    checks = tally.finish()
+    if checks.empty_answers.count == num_rows:
+        listed = ", ".join(map(str, checks.empty_answers.lines))
+        raise BadRequest(
+            f"{param}: there is nothing to learn: every answer is white space (lines {listed}"
+            f"{', ...' if num_rows > len(checks.empty_answers.lines) else ''})",
+            param,
+            INVALID_ROW,
+        )
     return RowsReport(
-        format=found, num_rows=num_rows, num_bytes=counted.num_bytes, num_learned_turns=num_turns
+        format=found,
+        num_rows=num_rows,
+        num_bytes=counted.num_bytes,
+        num_learned_turns=num_turns,
+        checks=checks,
     )
+
+
+def _take_row(tally: RowTally, line: int, row: Row) -> None:
+    if isinstance(row, ChatRow):
+        texts = [message.content or "" for message in row.messages]
+        is_empty = any(
+            turn.is_learned and not turn.tool_calls and not (turn.content or "").strip()
+            for turn in row.messages
+        )
+        key: object = (
+            tuple((turn.role, turn.content, turn.weight) for turn in row.messages),
+            repr([turn.tool_calls for turn in row.messages if turn.tool_calls]),
+            repr(row.tools),
+        )
+    elif isinstance(row, CompletionRow):
+        texts, is_empty = [row.prompt, row.completion], not row.completion.strip()
+        key = (row.prompt, row.completion)
+    else:
+        texts, is_empty, key = [row.text], not row.text.strip(), row.text
+    size_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    tally.take(line, key=key, size_bytes=size_bytes, has_empty_answer=is_empty)
 
 
 def parse_item(line: bytes | str, scorer: Scorer, *, line_number: int, param: str = "file") -> Item:

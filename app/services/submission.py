@@ -17,6 +17,7 @@ from app.db.repositories.project_jobs import ProjectJobRepository
 from app.domain.benchmarks import DEFAULT_GATE_ITEMS
 from app.domain.configs.base import CAUSAL_LM
 from app.domain.conflicts import Surroundings, check_conflicts
+from app.domain.data_checks import DataFinding
 from app.domain.identifiers import parse_id
 from app.domain.policy import VALID_LOSS, Policy
 from app.domain.power import PlannedBenchmark, Power, power
@@ -31,6 +32,7 @@ from app.domain.submit import (
     resolve_training,
 )
 from app.errors import BadRequest, NotFound
+from app.services.data_checks import check_data
 from app.services.evaluations import baseline_key, unpack_bytes
 from app.services.events import add_job_event, add_transition
 from app.services.files import FINE_TUNE, PROCESSED
@@ -57,6 +59,12 @@ class JobFiles:
         files = (self.training, self.validation, self.general, *self.stages.values())
         return all(file is None or file.status == PROCESSED for file in files)
 
+    def by_param(self, body: CreateJob) -> dict[str, File]:
+        """The files whose rows are trained or validated on, by the field that named each."""
+        found = {"training_file": self.training}
+        found |= {param: self.stages[text] for param, text in stage_files(body)}
+        return found if self.validation is None else found | {"validation_file": self.validation}
+
 
 class ResolvedJob(NamedTuple):
     """A request with all that it leaves open, before anything is written."""
@@ -75,6 +83,7 @@ def submit_job(
     *,
     max_queued: int = 100,
     found_before: Sequence[dict[str, Any]] = (),
+    leaks: tuple[DataFinding, ...] = (),
 ) -> Job:
     """Validates a request into a frozen spec and writes job, events and doorbell; the caller commits all at once.
 
@@ -84,6 +93,7 @@ def submit_job(
         body: The request.
         max_queued: Jobs that may wait, of a project without a quota of its own.
         found_before: Warnings that took reading files, which no transaction waits for.
+        leaks: What the validation file shares with the training file, read before as well.
 
     Raises:
         NotFound: No such model, file or benchmark for this project; `param` names the field.
@@ -104,6 +114,12 @@ def submit_job(
         state=JobState.QUEUED if files.is_checked else JobState.VALIDATING_FILES,
         spec=spec.model_dump(mode="json"),
         warnings=warnings,
+        data_checks=check_data(
+            base,
+            files.by_param(body),
+            max_seq_length=spec.training.max_seq_length,
+            leaks=leaks,
+        ).model_dump(mode="json"),
         power=None if found is None else found.model_dump(mode="json"),
         base_model_id=base.id,
         training_file_id=files.training.id,

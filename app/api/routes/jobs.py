@@ -41,6 +41,7 @@ from app.domain.scopes import Caller
 from app.domain.spec import CreateJob
 from app.services import control, jobs, registry
 from app.services.contamination import find_contamination
+from app.services.data_checks import find_leaks
 from app.services.quotas import check_storage, standard_quotas
 from app.services.submission import submit_job
 
@@ -66,9 +67,18 @@ def create_job(
         resources.session_factory, resources.storage, caller.project_id, body
     )
 
+    leaks = find_leaks(resources.session_factory, resources.storage, caller.project_id, body)
+
     def work(session: Session) -> JobObject:
         check_storage(session, caller.project_id, quotas, added_bytes=0)
-        job = submit_job(session, caller.project_id, body, max_queued=limit, found_before=overlaps)
+        job = submit_job(
+            session,
+            caller.project_id,
+            body,
+            max_queued=limit,
+            found_before=overlaps,
+            leaks=leaks,
+        )
         return show_job(jobs.show_jobs(session, [job])[0])
 
     return writer.run(caller, body, work)
