@@ -8,7 +8,6 @@ from pydantic import Field
 from app.api.schemas.base import Identified, Schema, unix, unix_or_none
 from app.api.schemas.stages import ShownStage, ShownStudent, show_stages, show_student
 from app.db.models import Checkpoint, Job, JobEvent
-from app.domain.data_checks import DataChecks
 from app.domain.identifiers import checkpoint_name, model_version_name, public_id
 from app.domain.policy import Policy
 from app.domain.spec import JobSpec
@@ -92,7 +91,7 @@ class JobObject(Identified):
     progress: ShownProgress
     strategies_why: str | None
     warnings: list[dict[str, Any]]
-    data_checks: DataChecks | None
+    data_checks: dict[str, Any] | None  # a DataChecks
     power: dict[str, Any] | None
     verdict: Any
     report: dict[str, Any] | None
@@ -177,7 +176,7 @@ def show_job(shown: ShownJob) -> JobObject:
         progress=progress,
         strategies_why=spec.strategies_why,
         warnings=job.warnings,
-        data_checks=None if job.data_checks is None else DataChecks.model_validate(job.data_checks),
+        data_checks=job.data_checks,
         power=job.power,
         verdict=report.get("verdict"),
         report=job.report,
