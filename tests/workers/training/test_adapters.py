@@ -8,7 +8,7 @@ from app.domain.configs.distillation import DistillationConfig
 from app.domain.spec import LoraConfig
 from app.errors import TrainingFailed
 from tests.workers.training.ranked import on_two_ranks
-from tests.workers.training.runs import CPU, make_plan, make_run, same, tiny_base
+from tests.workers.training.runs import CPU, make_plan, make_run, push_off, same, tiny_base
 from tests.workers.training.staged import (
     NAMES,
     STEPS,
@@ -143,10 +143,7 @@ def gradients_of_second_stage(scratch, ranks=None, base=None):
     run.spare_padding = None
     run.enter(1)
     run.step = STEPS
-    generator = torch.Generator().manual_seed(1)
-    for parameter in run.all_params.values():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data.add_(noise, alpha=0.01)
+    push_off(run.all_params)
     found = {}
 
     def keep(ctx):

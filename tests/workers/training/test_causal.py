@@ -18,6 +18,7 @@ from tests.workers.training.runs import (
     make_plan,
     make_run,
     make_stores,
+    push_off,
     same,
     tiny_base,
     weights,
@@ -85,10 +86,7 @@ def run_in_float64(scratch, name, kind, max_tokens, ranks=None, base=None):
         base=base,
     )
     run.spare_padding = None
-    generator = torch.Generator().manual_seed(1)
-    for parameter in run.ctx.params.values():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data.add_(noise, alpha=0.05)
+    push_off(run.ctx.params, alpha=0.05)
     return run
 
 

@@ -18,6 +18,7 @@ from tests.workers.training.runs import (
     make_plan,
     make_run,
     make_stores,
+    push_off,
     same,
     tiny_base,
     weights,
@@ -154,10 +155,7 @@ def run_in_float64(scratch, name, kind, max_tokens, ranks=None, base=None):
     plan = make_plan(scratch, base=base, strategies=strategies, training=training)
     run = make_run(plan, dtype=torch.float64, ranks=ranks)
     run.spare_padding = None
-    generator = torch.Generator().manual_seed(1)
-    for parameter in run.ctx.params.values():  # off the start, where penalties vanish
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data.add_(noise, alpha=0.01)
+    push_off(run.ctx.params)
     return run
 
 
@@ -220,10 +218,7 @@ def test_g6_gradients_of_added_losses_add_up(tmp_path, kind, pair):
         )
         plan = make_plan(tmp_path, strategies=configs, training={"type": kind})
         run = make_run(plan, dtype=torch.float64)
-        generator = torch.Generator().manual_seed(1)
-        for parameter in run.ctx.params.values():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.add_(noise, alpha=0.01)
+        push_off(run.ctx.params)
         return gradients(run)
 
     none, both = gradient_of(), gradient_of(*pair)

@@ -15,6 +15,7 @@ from tests.workers.training.runs import (
     make_run,
     make_stores,
     make_training,
+    push_off,
     same,
     tiny_base,
     weights,
@@ -133,10 +134,7 @@ def gradients_on_ranks(scratch, name, kind, max_tokens, ranks=None, base=None):
     run.use(run.controller)
     for strategy in run.strategies:
         strategy.on_task_start(run.ctx)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in run.ctx.params.values():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data.add_(noise, alpha=0.01)
+    push_off(run.ctx.params)
     train(run, 2)
     found.update({f"end/{n}": p for n, p in weights(run).items()})
     return found
