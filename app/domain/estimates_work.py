@@ -11,6 +11,8 @@ from app.domain.frozen import Frozen
 
 #: Of a passed decoder layer: tensors as wide as what it keeps, read and written forward and backward.
 TRAFFIC: Final = 3.0
+#: Of an adapted linear layer: float32 values moved forward for each of its inputs and outputs.
+ADAPTER_TRAFFIC: Final = 4
 #: Bytes of a trained parameter moved by clipping and the optimiser: gradient three times, weight and moments twice.
 UPDATE_BYTES: Final = 36
 #: Floating point operations that a device does in the time that one more pass is worth.
@@ -136,12 +138,14 @@ def step_work(shape: ModelShape, trained: Trained, rows: StepRows, layer_bytes: 
     head = 2 * shape.head_size_parameters * rows.supervised
     body = forward.flops - head
     flops = forward.flops + backward * passed * body + backward * head
+    moved = forward.moved
     if trained.is_lora:
         flops += passed * 2 * adapters * rows.tokens
+        moved += 4 * ADAPTER_TRAFFIC * rows.tokens * adapters / max(trained.rank, 1)
     if trained.checkpointing:
         flops += passed * body
     again = 1 + passed * (2 + float(trained.checkpointing))
-    return Work(flops=flops, moved=forward.moved * again, calls=forward.calls * again)
+    return Work(flops=flops, moved=moved * again, calls=forward.calls * again)
 
 
 def update_work(trained: Trained) -> Work:

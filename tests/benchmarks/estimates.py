@@ -145,8 +145,8 @@ def run_cases(cases: Sequence[Case], *, rounds: int, steps: int, clock: str) -> 
 def run_case(case: Case, base: Path, scratch: Path, *, steps: int, clock: str) -> Result:
     """One job in a trainer process of its own."""
     scratch.mkdir(parents=True)
-    rows = _write_rows(scratch / "train.jsonl", case, seed=1)
-    general = _write_rows(scratch / "general.jsonl", case, seed=2)
+    rows = _write_rows(scratch / "train.jsonl", case, seed=1, count=case.batch_size * steps)
+    general = _write_rows(scratch / "general.jsonl", case, seed=2, count=case.batch_size * steps)
     training = make_training(
         **{
             "type": case.type,
@@ -299,10 +299,10 @@ def _make_base(root: Path, model: str) -> Path:
     )
 
 
-def _write_rows(path: Path, case: Case, *, seed: int) -> RowsPlan:
-    """Texts of log-normal length; a letter is a token."""
+def _write_rows(path: Path, case: Case, *, seed: int, count: int) -> RowsPlan:
+    """Texts of log-normal length, as many as the job reads: a letter is a token."""
     generator = np.random.default_rng(seed)
-    lengths = np.clip(generator.lognormal(np.log(case.length), 0.5, 400), 12, 500).astype(int)
+    lengths = np.clip(generator.lognormal(np.log(case.length), 0.5, count), 12, 500).astype(int)
     letters = np.array(list(LETTERS))
     lines = [json.dumps({"text": "".join(generator.choice(letters, n))}) for n in lengths]
     path.write_text("\n".join(lines) + "\n")
