@@ -68,6 +68,10 @@ def test_a_baseline_is_kept_per_item_and_told_as_power(session) -> None:
     event = session.scalars(select(JobEvent).where(JobEvent.job_id == job.id)).one()
     assert event.data["code"] == "sensor_power"
     assert "an undamaged model passes with" in event.message
+    wanted = job.power["recommended"]
+    assert wanted["items"] == wanted["items_for_regress"] > wanted["items_for_pass"]
+    assert f"Recommended are {wanted['items']} gate items a benchmark" in event.message
+    assert "2 points above the limit are called with 90 %" in event.message
     assert job.power["mean"]["n_items"] == ITEMS // 2
     assert job.power["from_baseline"]
 
