@@ -79,7 +79,7 @@ def estimate(asked: Asked, device: Device, calibration: Calibration | None = Non
     plain = [_step_rows(asked, stage, device) for stage in asked.stages]
     memory = _memory(asked, trained, numbers, plain, costs, device)
     if calibration is not None:
-        memory = _calibrated(memory, calibration)
+        memory = _calibrated(memory, calibration, is_lora=lora)
     layer = _mean_layer_bytes(shape, trained, numbers, plain, device)
     pace = Pace(shape, trained, layer, rates, asked.num_ranks)
     steps = [stage.training.total_steps for stage in asked.stages]
@@ -218,9 +218,10 @@ def _memory(
     )
 
 
-def _calibrated(memory: Memory, calibration: Calibration) -> Memory:
-    peak = calibration.peak_bytes(memory.lasting, memory.peak - memory.lasting)
-    factor = calibration.passing_factor
+def _calibrated(memory: Memory, calibration: Calibration, *, is_lora: bool) -> Memory:
+    passing = memory.peak - memory.lasting
+    peak = calibration.peak_bytes(memory.lasting, passing, is_lora=is_lora)
+    factor = calibration.factor(is_lora=is_lora)
     return memory.model_copy(
         update={
             "peak": peak,

@@ -29,7 +29,9 @@ class Measured(Frozen):
     peak_bytes: int  # above what the process held before the model was loaded
     steps: int  # that the numbers below are of
     step_seconds: float  # of all of them together; the first of an attempt is not counted
-    cpu_seconds: float  # of the process in those steps: what neighbours on the machine do not change
+    cpu_seconds: (
+        float  # of the process in those steps: what neighbours on the machine do not change
+    )
     rows: int
     tokens: int  # padded
     supervised: int
@@ -52,6 +54,7 @@ class Run(NamedTuple):
     lasting_bytes: int  # of the reckoned peak: what is exact
     passing_bytes: int  # and the rest: activations and logits, or gradients
     peak_bytes: int
+    is_lora: bool = False
 
 
 class Calibration(Frozen):
@@ -61,11 +64,16 @@ class Calibration(Frozen):
     runs: int
     rates: Rates
     passing_factor: float  # on activations and logits
+    adapter_factor: float  # the same of adapters, whose many small results leave holes on a CPU
     fixed_bytes: float  # what every run takes besides
 
-    def peak_bytes(self, lasting: int, passing: int) -> int:
+    def factor(self, *, is_lora: bool) -> float:
+        """On what passes in a step."""
+        return self.adapter_factor if is_lora else self.passing_factor
+
+    def peak_bytes(self, lasting: int, passing: int, *, is_lora: bool = False) -> int:
         """The peak of a run by these factors."""
-        return int(lasting + self.passing_factor * passing + self.fixed_bytes)
+        return int(lasting + self.factor(is_lora=is_lora) * passing + self.fixed_bytes)
 
 
 def calibrate(device: str, runs: Sequence[Run], prior: Rates) -> Calibration:
@@ -87,14 +95,18 @@ def calibrate(device: str, runs: Sequence[Run], prior: Rates) -> Calibration:
     lasting = np.array([r.lasting_bytes for r in runs], dtype=np.float64)
     peak = np.array([r.peak_bytes for r in runs], dtype=np.float64)
     passing = np.array([r.passing_bytes for r in runs], dtype=np.float64)
-    features = np.stack([passing, np.ones_like(passing)], axis=1)
+    kinds = np.array([r.is_lora for r in runs])
+    features = np.stack([passing * ~kinds, passing * kinds, np.ones_like(passing)], axis=1)
     typical = max(float(np.median(peak - lasting - passing)), 1.0)
-    factor, fixed = _fit(features, peak, np.array([1.0, typical]), offset=lasting)
+    whole, adapters, fixed = _fit(features, peak, np.array([1.0, 1.0, typical]), offset=lasting)
+    if kinds.all() or not kinds.any():  # of the other kind nothing was measured
+        whole = adapters = adapters if kinds.all() else whole
     return Calibration(
         device=device,
         runs=len(runs),
         rates=Rates(seconds_per_flop=flop, seconds_per_byte=byte, seconds_per_call=call),
-        passing_factor=factor,
+        passing_factor=whole,
+        adapter_factor=adapters,
         fixed_bytes=fixed,
     )
 

@@ -67,4 +67,5 @@ def reckon_run(
         lasting_bytes=memory.lasting,
         passing_bytes=memory.peak - memory.lasting,
         peak_bytes=measured.peak_bytes,
+        is_lora=lora,
     )

@@ -277,7 +277,8 @@ def _calibration_text(calibration: Calibration, device: Device) -> str:
     return (
         f"Calibration: {reached:.0f} GFLOP/s (before any run {said:.0f}),"
         f" {rates.seconds_per_byte * 1e9:.2f} s a GB moved, {rates.seconds_per_call * 1e6:.0f} us a layer's"
-        f" call; activations x {calibration.passing_factor:.2f}, {calibration.fixed_bytes / 1e6:.0f} MB fixed."
+        f" call; activations x {calibration.passing_factor:.2f}, of"
+        f" adapters x {calibration.adapter_factor:.2f}, {calibration.fixed_bytes / 1e6:.0f} MB fixed."
     )
 
 
