@@ -228,7 +228,10 @@ def _climb(
 def _repair(
     policy: Policy, levers: Sequence[LeverState], state: ControllerState, look: Look, what: str
 ) -> Decision:
-    """Replay steps where format was lost, and back toward the base; where an armed strategy comes next it is activated with it, or the drop would return."""
+    """Replay steps where format was lost, and back toward the base.
+
+    Where an armed strategy comes next it is activated with it, or the drop would return.
+    """
     state = _changed(policy, rested(state).model_copy(update={"repaired": True}))
     activation = next_activation(levers, state, policy.ladder.raise_factor)
     how = "Scaling the change back toward the base"

@@ -142,7 +142,7 @@ def replay_steps(run: Run, replay: Replay, rate: float) -> None:
         micros = _micros(run, rows)
         weight = _total(run, sum(float(m.weights_N.sum()) for m in micros))
         for micro in micros:
-            (_nats(run, micro) / max(weight, 1e-12)).backward()  # type: ignore[no-untyped-call]
+            (_nats(run, micro) / max(weight, 1e-12)).backward()
         run.ranks.sum_gradients(run.ctx.params.values())
         with torch.no_grad():
             for name, parameter in moved.items():

@@ -74,6 +74,7 @@ def test_a_rise_in_nats_comes_back_as_well_and_several_drops_are_weighed_by_thei
     policy = Policy()
     choice, text = lost_in(policy, accuracy(), nll())
     assert (choice.name, text.name) == ("choice", "text")
+    assert text.tokens is not None
     alone = measure_recovery([with_scores(text, text.before - 0.05 * text.tokens)])
     assert alone is not None
     assert alone.drop == pytest.approx(0.2 / 0.05, rel=1e-5)

@@ -139,10 +139,12 @@ def test_few_general_rows_and_broken_scores_are_unclear(tmp_path) -> None:
     plant("noise", run.model, facts, np.random.default_rng(0), 0.5)
     marks = suite.measure("gate")
     reading = find_regression(run, suite, POLICY, marks)
-    found = diagnose(run, suite, POLICY, reading, marks)
-    assert "fewer than 16 general rows" in found.reason
-    broken = reading.model_copy(update={"not_finite": True})
-    assert "not a finite number" in diagnose(run, suite, POLICY, broken, marks).reason
+    assert reading is not None
+    few = diagnose(run, suite, POLICY, reading, marks)
+    assert few.reason == "there are fewer than 16 general rows to replay"
+    broken = diagnose(run, suite, POLICY, reading.model_copy(update={"not_finite": True}), marks)
+    assert broken.reason == "a score is not a finite number"
+    assert kind_of(few) is kind_of(broken) is Damage.UNCLEAR
 
 
 def test_only_a_regression_is_diagnosed_and_only_where_the_policy_asks(tmp_path) -> None:
