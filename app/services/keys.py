@@ -99,10 +99,11 @@ def grant_key(session: Session, caller: Caller, wish: CreateKey) -> CreatedKey:
         BadRequest: An unknown scope, or none that could be given.
         Forbidden: A scope that the caller lacks itself.
     """
-    if wish.scopes is None:
-        scopes = tuple(scope for scope in DEFAULT_SCOPES if scope in caller.scopes)
-    else:
-        scopes = parse_scopes(wish.scopes)
+    scopes = parse_scopes(
+        [scope for scope in DEFAULT_SCOPES if scope in caller.scopes]
+        if wish.scopes is None
+        else wish.scopes
+    )
     if not scopes:
         raise BadRequest("scopes: name them; the caller has none that it gives unasked.", "scopes")
     _check_grant(caller, scopes)

@@ -51,7 +51,7 @@ class QueueRepository:
             max_running: Jobs of a project without its own quota that may run at once.
             passed_over: Projects that get nothing this time.
         """
-        best = _best(free_slots, queues, max_running, passed_over)
+        best = best_queued(free_slots, queues, max_running, passed_over)
         return self._session.scalar(
             update(Job)
             .where(Job.id == best.c.id)
@@ -112,7 +112,7 @@ class QueueRepository:
         return int(self._session.scalar(select(parts[0] + parts[1] + parts[2])) or 0)
 
 
-def _best(
+def best_queued(
     free_slots: int, queues: Sequence[str], max_running: int | None, passed_over: Sequence[UUID]
 ) -> Any:  # noqa: ANN401 - a CTE, whose columns no type knows
     """The id of the job to lease, its row locked; kept apart from the UPDATE, so that it is evaluated once."""

@@ -21,7 +21,7 @@ def every_endpoint(app: FastAPI) -> list[Endpoint]:
     return [
         Endpoint(method, route.path, route)
         for route in _walk(app.routes)
-        for method in sorted(route.methods - {"HEAD"})
+        for method in sorted((route.methods or set()) - {"HEAD"})
     ]
 
 
