@@ -43,7 +43,7 @@ def stand(committed_factory: SessionFactory, settings: Settings) -> Iterator[Sta
         with transaction(committed_factory) as session:
             make_base_model(session, name="tiny", general_file_id=make_file(session).id)
         try:
-            yield Stand(*clients, settings)
+            yield Stand(clients[0], clients[1], settings)
         finally:
             for client in clients:
                 client.close()

@@ -25,9 +25,15 @@ def announce(api: Api, **fields: Any) -> Any:
 
 
 def send(
-    api: Api, upload_id: str, data: bytes, client: TestClient | None = None, **headers: str
+    api: Api,
+    upload_id: str,
+    data: bytes,
+    client: TestClient | None = None,
+    *,
+    key: str | None = None,
 ) -> Any:
     client = client or api.client
+    headers = None if key is None else {"idempotency-key": key}
     url = f"/v1/uploads/{upload_id}/parts"
     return client.post(url, files={"data": ("upload", data)}, headers=headers)
 
@@ -96,7 +102,7 @@ def test_a_sender_that_was_cut_off_sends_a_part_again(api: Api) -> None:
 
 def test_a_part_with_a_key_is_kept_once(api: Api) -> None:
     upload_id = announce(api).json()["id"]
-    answers = [send(api, upload_id, BODY, **{"idempotency-key": "p"}).json() for _ in range(2)]
+    answers = [send(api, upload_id, BODY, key="p").json() for _ in range(2)]
     assert answers[0] == answers[1]
     assert len(parts_of(api, upload_id)) == 1
 
