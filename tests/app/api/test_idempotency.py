@@ -91,7 +91,7 @@ def test_every_post_replays_refuses_and_has_others_wait(api: Api, client: TestCl
         keep(api, url, "rival", digest, project_id=rival.id)
         keep(api, url + "/elsewhere", "elsewhere", digest)
         api.session.commit()
-        sent = {} if endpoint.route.body_field is None else {"json": body}
+        sent: dict[str, Any] = {} if endpoint.route.body_field is None else {"json": body}
         answers = {
             key: client.post(url, headers={"idempotency-key": key}, **sent)
             for key in ("replay", "other-body", "running", "yesterday", "rival", "elsewhere")
