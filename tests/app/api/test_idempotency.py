@@ -52,7 +52,8 @@ def digest_of(endpoint: Endpoint, body: dict[str, Any]) -> str:
     field = endpoint.route.body_field
     if field is None:
         return hash_body(None)
-    wish = TypeAdapter(field.field_info.annotation).validate_python(body)
+    kind: Any = field.field_info.annotation
+    wish = TypeAdapter(kind).validate_python(body)
     return hash_body(wish.model_dump(mode="json"))
 
 

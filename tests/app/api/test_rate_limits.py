@@ -18,7 +18,8 @@ def limited(api: Api, **settings: Any) -> TestClient:
     """A client of a server with other settings."""
     changed = api.settings.model_copy(update=settings)
     return TestClient(
-        create_app(changed, api.app.state.resources.session_factory), headers=api.client.headers
+        create_app(changed, api.app.state.resources.session_factory),
+        headers=dict(api.client.headers),
     )
 
 
