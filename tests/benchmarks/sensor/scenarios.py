@@ -1,6 +1,7 @@
 """What is simulated for SENSOR.md: suites, true drops, budgets of items and numbers of looks."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from app.domain.power import DETECTION_MARGIN, FEWEST_ITEMS, Recommendation, power
 from tests.benchmarks.sensor.running import POLICY, Scenario
@@ -32,6 +33,7 @@ class Size:
         return self.looks[-1]
 
 
+@lru_cache
 def recommend(suite: Suite, look: int = 1) -> Recommendation:
     """The items that the API recommends for this suite.
 

@@ -25,7 +25,7 @@ def smallest_p(policy: Policy, suite: Suite, looked: Looked) -> Floats:
     watched_JB = _above_chance(right, n)
     now = right - lost + won
     parts_JB, ratio_J = _mean_parts(right, now, right - lost, watched_JB, n)
-    has_mean_J = watched_JB.any(axis=1)
+    has_mean_J = np.asarray(watched_JB.any(axis=1))
     p_values = [_p_above(1.0 - ratio_J[:, None], parts_JB, policy.max_drop, n, has_mean_J)]
     tested_J = has_mean_J.astype(np.int64)
     if suite.has_own_limits:

@@ -35,8 +35,8 @@ def test_undamaged_jobs_are_not_acted_on_with_few_items_either(discordance) -> N
 
 @WATCHED
 def test_a_drop_at_the_limit_is_rarely_acted_on(suite) -> None:
-    limits = {"drop": POLICY.max_drop, "rise": POLICY.max_nll_increase}
-    found = run(Scenario("b", suite, items(suite), 400, 100, **limits, seed=13))
+    drop, rise = POLICY.max_drop, POLICY.max_nll_increase
+    found = run(Scenario("b", suite, items(suite), 400, 100, drop=drop, rise=rise, seed=13))
     assert found.acted_by(100) <= 0.05 * 400
     assert sum(found.actions.values()) == found.acted_by(100)
 
@@ -59,11 +59,11 @@ def test_a_text_that_rises_two_hundredths_above_its_limit_is_called() -> None:
 def test_damage_that_begins_at_any_of_ten_looks_is_called_when_it_begins() -> None:
     n = items(MEAN)
     scenario = Scenario(
-        "late", MEAN, n, 500, 10, drop=ABOVE, stickiness=0.9, is_late=True, after=5, seed=16
+        "late", MEAN, n, 300, 10, drop=ABOVE, stickiness=0.9, is_late=True, after=5, seed=16
     )
     found = run(scenario)
-    assert found.acted_before_damage() <= 5
-    assert found.seen_within(1) >= 0.9 * 500
+    assert found.acted_before_damage() <= 3
+    assert found.seen_within(1) >= 0.9 * 300
     assert len(set(found.onset_J.tolist())) == 10
 
 
@@ -73,10 +73,10 @@ def test_the_item_counts_that_power_names_do_what_it_says(suite) -> None:
     assert mean is not None
     assert mean.items_for_pass_80 is not None
     assert mean.items_for_regress_90 is not None
-    n_jobs = 500
+    n_jobs = 300
     passing = run(
         Scenario("pass", suite, mean.items_for_pass_80, n_jobs, 1, passes_at=(1,), seed=17)
     )
-    assert passing.passed[1] / n_jobs == pytest.approx(0.8, abs=0.06)  # 3.4 standard errors
+    assert passing.passed[1] / n_jobs == pytest.approx(0.8, abs=0.08)  # 3.5 standard errors
     called = run(Scenario("call", suite, mean.items_for_regress_90, n_jobs, 1, drop=ABOVE, seed=18))
-    assert called.acted_by(1) / n_jobs == pytest.approx(0.9, abs=0.045)  # 3.4 standard errors
+    assert called.acted_by(1) / n_jobs == pytest.approx(0.9, abs=0.06)  # 3.5 standard errors
