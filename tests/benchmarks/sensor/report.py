@@ -276,6 +276,12 @@ def _late(pairs: Measured) -> Iterable[str]:
             + " |"
         )
 
+    yield ""
+    yield (
+        "The recommended items promise nothing of damage that begins after the look they are declared for: long"
+        " jobs need the items of their last look, as the second row of each pair has them."
+    )
+
 
 def _looks(n: int) -> str:
     return "1 look" if n == 1 else f"{n:,} looks"

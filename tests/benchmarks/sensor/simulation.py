@@ -125,15 +125,15 @@ class Jobs:
         answer be drawn anew, but for the share that sticks.
         """
         rng, stay = self._rng, self._stickiness
-        if not np.array_equal(before, rate):
-            with np.errstate(invalid="ignore", divide="ignore"):
-                kept = np.where(before > rate, rate / before, 1.0)
-                added = np.where(rate > before, (rate - before) / (1 - before), 0.0)
-            return _as_counts(rng.binomial(flipped, kept) + rng.binomial(of - flipped, added))
-        if stay == 0:
+        is_same = before == rate
+        if stay == 0 and is_same.all():
             return _as_counts(rng.binomial(of, rate))
-        kept_rate, new_rate = rate + stay * (1 - rate), rate * (1 - stay)
-        return _as_counts(rng.binomial(flipped, kept_rate) + rng.binomial(of - flipped, new_rate))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            kept = np.where(before > rate, rate / before, 1.0)
+            added = np.where(rate > before, (rate - before) / (1 - before), 0.0)
+        kept = np.where(is_same, rate + stay * (1 - rate), kept)
+        added = np.where(is_same, rate * (1 - stay), added)
+        return _as_counts(rng.binomial(flipped, kept) + rng.binomial(of - flipped, added))
 
 
 def flip_rates(accuracy: Floats, drop: Floats, discordance: float) -> tuple[Floats, Floats]:

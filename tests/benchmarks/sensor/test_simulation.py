@@ -72,6 +72,16 @@ def test_damage_that_begins_late_is_there_at_once_and_goes_at_once() -> None:
     assert falls == pytest.approx([0.0, 0.0, 0.05, 0.05, 0.0], abs=0.004)  # 4 standard errors
 
 
+def test_answers_of_other_jobs_are_drawn_anew_where_damage_begins_in_one() -> None:
+    suite = replace(MEAN, accuracies=(0.5,))
+    jobs = Jobs(suite, 1000, 2, stickiness=0.0, seed=8)
+    lost = []
+    for drop in (0.01, 0.02, 0.03, 0.04):
+        looked = jobs.look(Truth(np.asarray([[0.0], [drop]]), np.zeros((2, 1))))
+        lost.append(int(looked.lost_JB[0, 0]))
+    assert len(set(lost)) > 1
+
+
 def test_texts_rise_and_spread_as_said() -> None:
     suite = SUITES[2]
     looked = Jobs(suite, 100, 2000, stickiness=0.0, seed=7).look(truth(suite, 2000, 0.0, 0.05))
