@@ -21,24 +21,24 @@ WATCHED = pytest.mark.parametrize("suite", SUITES, ids=lambda s: s.name)
 
 @WATCHED
 def test_undamaged_jobs_pass_and_are_not_acted_on(suite) -> None:
-    found = run(Scenario("a", suite, items(suite), 300, 100, passes_at=(1,), seed=11))
-    assert found.acted_by(100) <= 3
+    found = run(Scenario("a", suite, items(suite), 300, 50, passes_at=(1,), seed=11))
+    assert found.acted_by(50) <= 3
     assert found.passed[1] >= 0.8 * 300
 
 
 @pytest.mark.parametrize("discordance", [0.02, 0.3])
 def test_undamaged_jobs_are_not_acted_on_with_few_items_either(discordance) -> None:
     suite = replace(MEAN, discordance=discordance)
-    found = run(Scenario("few", suite, FEWEST_ITEMS, 300, 100, stickiness=0.5, seed=12))
-    assert found.acted_by(100) <= 3
+    found = run(Scenario("few", suite, FEWEST_ITEMS, 300, 50, stickiness=0.5, seed=12))
+    assert found.acted_by(50) <= 3
 
 
 @WATCHED
 def test_a_drop_at_the_limit_is_rarely_acted_on(suite) -> None:
     drop, rise = POLICY.max_drop, POLICY.max_nll_increase
-    found = run(Scenario("b", suite, items(suite), 400, 100, drop=drop, rise=rise, seed=13))
-    assert found.acted_by(100) <= 0.05 * 400
-    assert sum(found.actions.values()) == found.acted_by(100)
+    found = run(Scenario("b", suite, items(suite), 400, 60, drop=drop, rise=rise, seed=13))
+    assert found.acted_by(60) <= 0.05 * 400
+    assert sum(found.actions.values()) == found.acted_by(60)
 
 
 @WATCHED
