@@ -53,6 +53,11 @@ class Evaluation(Record):
             "ix_evaluations_subject", "subject_type", "subject_key", "benchmark_version_id", "seq"
         ),
         Index("ix_evaluations_project", "project_id", "seq"),
+        # Pages of results are merged from scans along these, whatever the size of the table.
+        Index("ix_evaluations_named", "project_id", "benchmark", "seq"),
+        Index("ix_evaluations_version", "benchmark_version_id", "project_id", "seq"),
+        Index("ix_evaluations_subject_named", "subject_type", "subject_key", "benchmark", "seq"),
+        Index("ix_evaluations_subject_seq", "subject_type", "subject_key", "seq"),
     )
 
     project_id: Mapped[UUID | None] = mapped_column(
