@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from app.domain.benchmarks import Scorer
 from app.domain.frozen import Frozen
 
+MAX_RESULTS: Final = 1000  # of one request
 UNNAMED: Final = "value"  # the metric of a result that names none: the benchmark's own
 #: Names by which a scorer's mean is posted; results under another metric are recorded and never acted on.
 METRICS: dict[Scorer, frozenset[str]] = {
@@ -72,4 +73,4 @@ class PostedResult(Frozen):
 class PostedResults(Frozen):
     """Results that belong together: those of one subject and step are one look."""
 
-    results: tuple[PostedResult, ...] = Field(min_length=1, max_length=256)
+    results: tuple[PostedResult, ...] = Field(min_length=1, max_length=MAX_RESULTS)

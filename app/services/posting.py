@@ -77,7 +77,7 @@ def post_results(
     rest: list[PostedResult] = []
     for result in body.results:
         model = models.get(result.subject.id) if result.subject.type == "model" else None
-        if model is None:
+        if model is None or (model.id not in known and model.name == result.subject.id):
             rest.append(result)
         elif model.id not in known:
             subject = result.subject.model_copy(update={"id": model.name})

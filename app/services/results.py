@@ -27,17 +27,24 @@ from app.services.early_stopping import metric_plan, posted_metric
 from app.services.evaluations import Watch, fill_scores, load_watch, row_id, sense
 from app.services.orders import give_order
 from app.services.posted import align_items, check_range, summarise, value_of
+from app.services.results_query import ResultRow
 from app.services.storage import Storage
+from app.services.unwatched import LookKey, record_unwatched
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedLook:
     """What became of the results of one subject and step."""
 
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[ResultRow, ...]
     reading: Reading | None  # None: nothing watched was posted
     decision: DecisionRow | None  # None: recorded only
     monitored: tuple[MonitorOutcome, ...] = ()  # of a deployed model's monitors
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing was made of it."""
+        return self.reading is None and self.decision is None and not self.monitored
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +86,17 @@ def record_results(
         BadRequest: An accuracy outside 0 to 1.
     """
     caller.require(Scope.RESULTS_WRITE)
-    groups: dict[tuple[str, str, int | None], list[PostedResult]] = {}
+    groups: dict[LookKey, list[PostedResult]] = {}
     for result in body.results:
         key = (result.subject.type, result.subject.id, result.step)
         groups.setdefault(key, []).append(result)
+    ordered = dict(sorted(groups.items(), key=lambda group: group[0][:2]))  # so locks are taken
+    plain = record_unwatched(session, caller.project_id, ordered)
     return [
-        _record_look(session, storage, caller, results)
-        for _, results in sorted(
-            groups.items(),
-            key=lambda group: group[0][:2],  # locks are taken in one order
-        )
+        RecordedLook(plain[key], None, None)
+        if key in plain
+        else _record_look(session, storage, caller, results)
+        for key, results in ordered.items()
     ]
 
 

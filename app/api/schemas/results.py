@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from app.api.schemas.base import Identified, Schema, unix
+from app.db.repositories.results import Points
 from app.domain.identifiers import public_id
 from app.domain.monitors import MonitorOutcome
 from app.domain.wording import describe_reading
@@ -57,6 +58,18 @@ class ResultObject(Identified):
     subjects: list[SubjectScoreObject] | None = None
 
 
+class PointsObject(Schema):
+    """Results of one benchmark as columns of equal length; the next ones come with `after` set to `last_id`."""
+
+    object: Literal["benchmark_result.points"] = "benchmark_result.points"
+    steps: list[int | None]
+    values: list[float | None]
+    measured_at: list[int]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
 class LookObject(Schema):
     """What the sensor made of posted results that belong together."""
 
@@ -74,6 +87,7 @@ class PostedResultsObject(Schema):
 
     object: Literal["list"] = "list"
     data: list[LookObject]
+    n_results: int  # that were recorded, or had been before
 
 
 def show_result(shown: ShownResult) -> ResultObject:
@@ -106,6 +120,20 @@ def show_result(shown: ShownResult) -> ResultObject:
             if shown.subjects is None
             else [SubjectScoreObject.model_validate(found) for found in shown.subjects]
         ),
+    )
+
+
+def show_points(points: Points) -> PointsObject:
+    """Points as clients see them."""
+    ids = [public_id("evaluation", key) for key in points.ids]
+    # Built as it is: the database has made every number, and there may be tens of thousands.
+    return PointsObject.model_construct(
+        steps=points.steps,
+        values=points.values,
+        measured_at=points.measured_at,
+        has_more=points.has_more,
+        first_id=ids[0] if ids else None,
+        last_id=ids[-1] if ids else None,
     )
 
 
