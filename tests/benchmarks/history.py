@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def _api(database: str, root: Path, rows: int) -> Iterator[Place]:
 @contextmanager
 def _mlflow(python: str, database: str, root: Path) -> Iterator[httpx.Client]:
     """MLflow's server, one process, over a database of its own in the same Postgres."""
-    store = database.replace("postgres://", "postgresql://")
+    store = f"postgresql+psycopg2://{database.partition('://')[2]}"
     command = [python, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
     command += ["--default-artifact-root", str(root / "artifacts")]
     with (
@@ -296,7 +296,8 @@ def _server(
             time.sleep(0.1)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
