@@ -51,9 +51,7 @@ def downgrade() -> None:
     op.create_primary_key(op.f("pk_idempotency_keys"), "idempotency_keys", ["project_id", "key"])
     op.drop_index("ix_jobs_started", table_name="jobs")
     op.drop_index("ix_jobs_waiting", table_name="jobs")
-    op.drop_constraint(
-        op.f("fk_api_keys_rotated_from_id_api_keys"), "api_keys", type_="foreignkey"
-    )
+    op.drop_constraint(op.f("fk_api_keys_rotated_from_id_api_keys"), "api_keys", type_="foreignkey")
     op.drop_column("api_keys", "rotated_from_id")
     for name in reversed(QUOTAS):
         op.drop_column("projects", name)

@@ -38,12 +38,6 @@ class Job(Record):
             name="finished_at_goes_with_state",
         ),
         Index(
-            "ix_jobs_queued",
-            text("priority DESC"),
-            "seq",
-            postgresql_where=text("state = 'queued'"),
-        ),
-        Index(
             "ix_jobs_leased",
             "lease_expires_at",
             postgresql_where=text("state IN ('running', 'pausing')"),
