@@ -84,7 +84,9 @@ def estimate(asked: Asked, device: Device, calibration: Calibration | None = Non
     pace = Pace(shape, trained, layer, rates, asked.num_ranks)
     steps = [stage.training.total_steps for stage in asked.stages]
     without = _mean([pace.step(rows) for rows in plain], steps)
-    lines = tuple(_strategy(asked, pace, config, cost, plain, without) for config, cost in costs)
+    lines = tuple(
+        _strategy(asked, pace, config, cost, plain, without, device) for config, cost in costs
+    )
     per_step = without + sum(line.seconds_per_step for line in lines)
     work = evaluation_work(
         asked.evaluation, steps=asked.steps, train_seconds=per_step * asked.steps
@@ -135,6 +137,7 @@ def _strategy(
     cost: ExtraCost,
     plain: Sequence[StepRows],
     without: float,
+    device: Device,
 ) -> StrategyEstimate:
     lora = asked.training.type == "lora"
     trained = find_trained(asked.shape, asked.training, asked.strategies).parameters
@@ -159,9 +162,7 @@ def _strategy(
     kept = cost.trainable_copies if not (lora and cost.keeps_factors) else 0.0
     return StrategyEstimate(
         type=config.type,
-        memory_bytes=strategy_memory(
-            cost, trained=trained, model_bytes=WIDE * asked.shape.num_parameters, lora=lora
-        ),
+        memory_bytes=_kept(asked, cost, trained, device),
         checkpoint_bytes=int(WIDE * kept * trained),
         tokens=round(added + trained_once + read_once + cost.decoded_once),
         seconds_once=once,
@@ -187,6 +188,17 @@ def _student(pace: Pace, student: ResolvedStudent, rows: StepRows) -> float:
     return seconds * student.training.total_steps
 
 
+def _kept(asked: Asked, cost: ExtraCost, trained: int, device: Device) -> int:
+    """Bytes that a strategy keeps on the device; a teacher's weights are of the type of a frozen base's."""
+    teacher = Numbers.of(device=device.type, precision=asked.training.precision, lora=True)
+    return strategy_memory(
+        cost,
+        trained=trained,
+        model_bytes=teacher.base_bytes * asked.shape.num_parameters,
+        lora=asked.training.type == "lora",
+    )
+
+
 def _memory(
     asked: Asked,
     trained: Trained,
@@ -195,17 +207,7 @@ def _memory(
     costs: Sequence[tuple[StrategyConfig, ExtraCost]],
     device: Device,
 ) -> Memory:
-    lora = asked.training.type == "lora"
-    teacher = Numbers.of(device=device.type, precision=asked.training.precision, lora=True)
-    kept = sum(
-        strategy_memory(
-            cost,
-            trained=trained.parameters,
-            model_bytes=teacher.base_bytes * asked.shape.num_parameters,
-            lora=lora,
-        )
-        for _, cost in costs
-    )
+    kept = sum(_kept(asked, cost, trained.parameters, device) for _, cost in costs)
     biggest = max((rows.largest_micro for rows in plain), key=lambda micro: micro.tokens)
     return measure_memory(
         asked.shape,

@@ -1,6 +1,7 @@
 """What a client can get wrong: each is a 4xx that names the field, and leaves nothing behind."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,12 +225,8 @@ def test_retention_cannot_be_left_out_where_the_project_requires_it(
 
 
 def test_a_full_queue_is_429_and_not_worth_sending_again(api: Api, base: BaseModel) -> None:
-    api.app.state.resources = api.app.state.resources.__class__(
-        settings=api.settings.model_copy(update={"max_queued_jobs": 1}),
-        session_factory=api.app.state.resources.session_factory,
-        storage=api.storage,
-        cipher=api.app.state.resources.cipher,
-    )
+    settings = api.settings.model_copy(update={"max_queued_jobs": 1})
+    api.app.state.resources = replace(api.app.state.resources, settings=settings)
     assert api.submit().status_code == 200
     answer = api.submit()
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")

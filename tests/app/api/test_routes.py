@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -260,6 +261,6 @@ def test_readiness_names_its_components(api: Api, redis_url: str) -> None:
     for url, status in ((redis_url, "ok"), ("redis://127.0.0.1:9", "degraded")):
         told = api.settings.model_copy(update={"redis_url": url})
         old = api.app.state.resources
-        api.app.state.resources = type(old)(told, old.session_factory, old.storage, old.cipher)
+        api.app.state.resources = replace(old, settings=told)
         answer = api.client.get("/readyz")
         assert (answer.status_code, answer.json()["status"]) == (200, status)
