@@ -101,6 +101,7 @@ def test_a_trainer_killed_mid_step_costs_at_most_one_interval(
     assert job.crashes_without_progress == 0  # forgiven by the checkpoints that followed
 
 
+@pytest.mark.slow
 def test_a_trainer_killed_around_a_rollback_rolls_back_once(
     stack: Stack, reference: dict[str, Any]
 ):
@@ -118,6 +119,7 @@ def test_a_trainer_killed_around_a_rollback_rolls_back_once(
     assert all(checkpoint.superseded for checkpoint in left)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_takes_its_trainer_along_and_another_goes_on(
     stack: Stack, reference: dict[str, Any]
 ):
@@ -150,6 +152,7 @@ def test_a_drained_worker_saves_and_the_next_goes_on(stack: Stack, reference: di
     stack.check_history(job_id, attempts=2)
 
 
+@pytest.mark.slow
 def test_pause_then_resume_and_cancel(stack: Stack, reference: dict[str, Any]):
     job_id = submit(stack)
     stack.saves(job_id, 15)

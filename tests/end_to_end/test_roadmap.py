@@ -134,7 +134,8 @@ def test_a_stages_file_cannot_be_deleted_while_its_job_waits(stack: Stack) -> No
         job = session.get_one(Job, job_id)
         job.training_file_id = stack.ids["validation"]  # the stages alone name it now
         session.flush()
-        assert FileRepository(session).find_use(file) == "a job that has not ended"
+        use = f"jobs that have not ended: {public_id('job', job_id)}"
+        assert FileRepository(session).find_use(file) == use
         job.training_file_id = stack.ids["rows"]
         request_cancel(session, project_id=job.project_id, job_id=job_id)
     stack.ends(job_id)

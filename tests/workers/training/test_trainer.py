@@ -77,10 +77,9 @@ def undisturbed(tmp_path_factory):
     return supervisor
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # nine processes, each some seconds to start, more on a busy machine
-@pytest.mark.parametrize(
-    "kills", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"]
-)
+@pytest.mark.parametrize("kills", [FEW, MANY], ids=["few", "many"])
 def test_a_job_killed_again_and_again_ends_with_the_same_weights(tmp_path, undisturbed, kills):
     supervisor = make(tmp_path / "job")
     for kill in kills:
