@@ -56,6 +56,16 @@ class Job(Record):
             "started_at",
             postgresql_where=text("started_at IS NOT NULL"),
         ),
+        Index(  # what is kept for jobs that have not ended
+            "ix_jobs_start_version_id",
+            "start_version_id",
+            postgresql_where=text("start_version_id IS NOT NULL AND finished_at IS NULL"),
+        ),
+        Index(
+            "ix_jobs_start_checkpoint_id",
+            "start_checkpoint_id",
+            postgresql_where=text("start_checkpoint_id IS NOT NULL AND finished_at IS NULL"),
+        ),
     )
 
     project_id: Mapped[UUID] = mapped_column(ForeignKey("projects.id"))
@@ -70,6 +80,16 @@ class Job(Record):
     power: Mapped[dict[str, Any] | None]  # regress_at_80, pass_at_zero and item counts
     #: Null of external runs alone, on a model that is not registered here.
     base_model_id: Mapped[UUID] = mapped_column(ForeignKey("base_models.id"), nullable=True)
+    #: What the job goes on from, and the checkpoint of it; null: the base model as it was registered.
+    start_version_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey(
+            "model_versions.id", use_alter=True, name="fk_jobs_start_version_id_model_versions"
+        )
+    )
+    start_checkpoint_id: Mapped[UUID | None] = mapped_column(
+        ForeignKey("checkpoints.id", use_alter=True, name="fk_jobs_start_checkpoint_id_checkpoints")
+    )
+    rerun_of_id: Mapped[UUID | None] = mapped_column(ForeignKey("jobs.id"))
     training_file_id: Mapped[UUID | None] = mapped_column(ForeignKey("files.id"))
     validation_file_id: Mapped[UUID | None] = mapped_column(ForeignKey("files.id"))
     general_file_id: Mapped[UUID | None] = mapped_column(ForeignKey("files.id"))
