@@ -120,6 +120,7 @@ class Job(Record):
         server_default=text("0")
     )  # of the last outside order
     event_count: Mapped[int] = mapped_column(server_default=text("0"))
+    webhook_count: Mapped[int] = mapped_column(server_default=text("0"))
     progress: Mapped[dict[str, Any] | None]
     trained_tokens: Mapped[int | None]
 

@@ -50,9 +50,14 @@ class WebhookDelivery(Record):
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
         UniqueConstraint("event_id", "endpoint_id"),
-        Index(
-            "ix_webhook_deliveries_due", "next_try_at", postgresql_where=text("state = 'pending'")
+        Index(  # the heads of the endpoints' queues
+            "ix_webhook_deliveries_pending",
+            "endpoint_id",
+            "next_try_at",
+            "seq",
+            postgresql_where=text("state = 'pending'"),
         ),
+        Index("ix_webhook_deliveries_endpoint", "endpoint_id", "seq"),
     )
 
     event_id: Mapped[UUID] = mapped_column(ForeignKey("webhook_events.id"))
@@ -60,6 +65,8 @@ class WebhookDelivery(Record):
     state: Mapped[DeliveryState] = mapped_column(enum_column(DeliveryState))
     tries: Mapped[int] = mapped_column(server_default=text("0"))
     next_try_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    scheduled_at: Mapped[datetime | None]  # the schedule's time, when `next_try_at` is before it
+    not_before: Mapped[datetime | None]  # what the receiver's Retry-After asked for
     claimed_until: Mapped[datetime | None]
     delivered_at: Mapped[datetime | None]
     last_status: Mapped[int | None]
