@@ -21,6 +21,7 @@ class Surroundings(NamedTuple):
     num_parameters: int | None
     weight_decay: float
     stage_names: tuple[str, ...]
+    compares: bool = False  # two answers a row: direct preference optimisation
 
 
 def _is(*kinds: str) -> Callable[[StrategyConfig], bool]:
@@ -54,6 +55,19 @@ def _is_bottleneck(config: StrategyConfig) -> bool:
 
 
 Test = Callable[[StrategyConfig], bool]
+
+#: What needs rows that show an answer, and why.
+NEEDS_ANSWERS: Final[tuple[tuple[Test, str], ...]] = (
+    (
+        _is("maml_prox", "reptile"),
+        "its inner loop reads a step row by row, and the two answers of a pair have to be read together",
+    ),
+    (
+        _is("causal"),
+        "it compares the cross-entropies and states of rows that show an answer, and a pair has none;"
+        " run it in a job of method.type 'supervised'",
+    ),
+)
 
 #: Two of a job that can't go together, and why.
 CLASHES: Final[tuple[tuple[Test, Test, str], ...]] = (
@@ -123,6 +137,9 @@ def check_conflicts(strategies: Sequence[StrategyConfig], job: Surroundings) -> 
                 path,
                 f"'{config.type}' keeps rows of the domain, and retention.privacy is 'no_rows_kept'.",
             )
+        for is_meant, why in NEEDS_ANSWERS:
+            if job.compares and is_meant(config):
+                _refuse(path, f"'{config.type}' can't go with method.type 'dpo': {why}.")
         if isinstance(config, DomainAdaptersConfig):
             _check_adapters(config, path, job)
 

@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from app.domain.conversations import ChatRow, PreferenceRow
 from app.domain.frozen import Frozen
 from app.domain.overlap import normalise
 from app.domain.preview import Conversion
 from app.domain.row_checks import LISTED_LINES, Lines, RowChecks
-from app.domain.rows import ChatRow, CompletionRow, Row
+from app.domain.rows import CompletionRow, Row
 
 TURN_TOKENS: Final = 4  # what a template puts around a turn
 
@@ -105,6 +106,16 @@ def find_in_file(
                 "have an answer of white space alone: the model learns to say nothing",
             )
         )
+    if checks.identical_pairs.count:
+        found.append(
+            _tell(
+                "identical_pairs",
+                param,
+                checks.identical_pairs,
+                "compares an answer with itself, and will be left out",
+                "compare an answer with itself, and will be left out",
+            )
+        )
     if measured.rows_over_length:
         found.append(
             DataFinding(
@@ -180,6 +191,8 @@ class KnownRows:
 
 
 def _parts(row: Row) -> tuple[str, str]:
+    if isinstance(row, PreferenceRow):
+        row = row.preferred
     if isinstance(row, ChatRow):
         turns = [(turn.role, turn.content or "") for turn in row.messages]
         asked = [text for role, text in turns if role in {"user", "tool"}]

@@ -9,7 +9,7 @@ from typing import Any, Final
 class Layout(StrEnum):
     """How a file's rows are written before anything is done to them."""
 
-    NATIVE = "native"  # `messages`, `prompt` with `completion`, or `text`: taken as they are
+    NATIVE = "native"  # what training reads (`app.domain.rows.RowFormat`): taken as they are
     SHAREGPT = "sharegpt"  # {"conversations": [{"from", "value"}, ...], "system"?, "tools"?}
     ALPACA = "alpaca"  # {"instruction", "input"?, "output", "system"?, "history"?}
 
@@ -28,6 +28,7 @@ COLUMNS: Final[tuple[tuple[frozenset[str], frozenset[str]], ...]] = (
     (frozenset({"instruction", "output"}), frozenset({"input", "system", "history"})),
     (frozenset({"prompt", "completion"}), frozenset({"domain", "counterfactual"})),
     (frozenset({"text"}), frozenset({"domain", "counterfactual"})),
+    (frozenset({"input", "preferred_output", "non_preferred_output"}), frozenset({"domain"})),
 )
 
 ROLES: Final = {

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from app.domain.benchmarks import ExactMatchItem, MultipleChoiceItem
-from app.domain.rows import ChatRow, CompletionRow, Item, Row
+from app.domain.conversations import ChatRow, PreferenceRow
+from app.domain.rows import CompletionRow, Item, Row
 
 NGRAM_WORDS: Final = 13  # the length that GPT-3's and later decontaminations use
 _WORDS = re.compile(r"[^\W_]+")
@@ -70,7 +71,8 @@ def find_overlaps(
     """
     found: dict[str, list[int]] = {name: [] for name in benchmarks}
     for line, row in rows:
-        texts = row_texts(row)[:-1] if isinstance(row, ChatRow) else row_texts(row)
+        is_chat = isinstance(row, ChatRow | PreferenceRow)
+        texts = row_texts(row)[:-1] if is_chat else row_texts(row)
         words = [_split(text) for text in texts]
         wholes = [" ".join(each) or text.strip() for each, text in zip(words, texts, strict=True)]
         wholes.append(" ".join(itertools.chain.from_iterable(words)) or wholes[-1])
@@ -91,6 +93,9 @@ def row_texts(row: Row) -> list[str]:
     if isinstance(row, ChatRow):
         turns = [message.content for message in row.messages if message.content]
         return [*turns, " ".join(turns)]
+    if isinstance(row, PreferenceRow):
+        other = [turn.content for turn in row.non_preferred_output if turn.content]
+        return [*other, *row_texts(row.preferred)]
     if isinstance(row, CompletionRow):
         return [row.prompt, row.completion]
     return [row.text]

@@ -34,6 +34,7 @@ class RowChecks(Frozen):
 
     duplicates: Lines = Lines()  # rows equal to an earlier one
     empty_answers: Lines = Lines()  # rows with nothing to learn but white space in some answer
+    identical_pairs: Lines = Lines()  # preference rows whose two answers are the same
     text_bytes: int = 0
     longest_bytes: int = 0
     longest_line: int = 0
@@ -48,11 +49,21 @@ class RowTally:
         self._seen: set[int] = set()
         self._duplicates = _Lines()
         self._empty = _Lines()
+        self._identical = _Lines()
         self._steps: Counter[int] = Counter()
         self._shortest: dict[int, int] = {}  # of each step
         self._text_bytes = self._longest = self._longest_line = self._num_rows = 0
 
-    def take(self, line: int, *, key: object, size_bytes: int, has_empty_answer: bool) -> None:
+    def take(
+        self,
+        line: int,
+        *,
+        key: object,
+        size_bytes: int,
+        has_empty_answer: bool,
+        read_bytes: int | None = None,
+        is_identical: bool = False,
+    ) -> None:
         """One row.
 
         Args:
@@ -60,6 +71,8 @@ class RowTally:
             key: Equal for equal rows; hashable.
             size_bytes: Of its text.
             has_empty_answer: Something to learn in it is but white space.
+            read_bytes: What is read of it, where that is more.
+            is_identical: It compares an answer with itself.
         """
         self._num_rows += 1
         digest = hash(key)
@@ -69,7 +82,9 @@ class RowTally:
             self._seen.add(digest)
         if has_empty_answer:
             self._empty.add(line)
-        self._text_bytes += size_bytes
+        if is_identical:
+            self._identical.add(line)
+        self._text_bytes += size_bytes if read_bytes is None else read_bytes
         if size_bytes > self._longest:
             self._longest, self._longest_line = size_bytes, line
         step = _step(size_bytes)
@@ -81,6 +96,7 @@ class RowTally:
         return RowChecks(
             duplicates=self._duplicates.show(),
             empty_answers=self._empty.show(),
+            identical_pairs=self._identical.show(),
             text_bytes=self._text_bytes,
             longest_bytes=self._longest,
             longest_line=self._longest_line,

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Final
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError
 
 from app.domain.benchmarks import (
     ITEM_TYPES,
@@ -18,6 +18,7 @@ from app.domain.benchmarks import (
     collect_subjects,
     item_id,
 )
+from app.domain.conversations import ChatRow, Environment, Message, PreferenceRow
 from app.domain.frozen import Frozen
 from app.domain.jsonlines import (
     INVALID_ROW,
@@ -39,71 +40,7 @@ class RowFormat(StrEnum):
     CHAT = "chat"  # {"messages": [...], "tools"?: [...]}; assistant turns are learned
     COMPLETION = "completion"  # {"prompt", "completion"}; the completion is learned
     TEXT = "text"  # {"text"}; every token is learned
-
-
-class FunctionCall(Frozen):
-    """What an assistant calls; `arguments` is JSON text, as OpenAI writes it, or the object itself."""
-
-    name: str = Field(min_length=1, max_length=256)
-    arguments: str | dict[str, Any]
-
-
-class ToolCall(Frozen):
-    """One call of an assistant turn."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Frozen):
-    """One turn; `weight` 0 takes an assistant turn out of the loss."""
-
-    role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: str | None = None
-    weight: Literal[0, 1] | None = None
-    name: str | None = None
-    tool_calls: tuple[ToolCall, ...] | None = Field(default=None, min_length=1)
-    tool_call_id: str | None = None
-
-    @field_validator("weight", mode="before")
-    @classmethod
-    def _true_is_no_weight(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError("must be 0 or 1, not true or false")  # noqa: TRY004 - pydantic's protocol
-        return value
-
-    @model_validator(mode="after")
-    def _fits_its_role(self) -> Self:
-        is_assistant = self.role == "assistant"
-        if self.content is None and not (is_assistant and self.tool_calls):
-            raise ValueError("content: must be a string (null only beside tool_calls)")
-        if self.weight is not None and not is_assistant:
-            raise ValueError("weight: only an assistant message has one")
-        if self.tool_calls is not None and not is_assistant:
-            raise ValueError("tool_calls: only an assistant message has them")
-        if self.tool_call_id is not None and self.role != "tool":
-            raise ValueError("tool_call_id: only a tool message has one")
-        return self
-
-    @property
-    def is_learned(self) -> bool:
-        """Whether the turn's tokens are in the loss."""
-        return self.role == "assistant" and self.weight != 0
-
-
-class ChatContent(Frozen):
-    """A conversation; every assistant turn counts unless its weight is 0."""
-
-    messages: tuple[Message, ...] = Field(min_length=1)
-    tools: tuple[dict[str, Any], ...] | None = None
-    parallel_tool_calls: bool | None = None
-
-    @model_validator(mode="after")
-    def _something_is_learned(self) -> Self:
-        if not any(message.is_learned for message in self.messages):
-            raise ValueError("messages: no assistant message with a weight other than 0")
-        return self
+    PREFERENCE = "preference"  # {"input", "preferred_output", "non_preferred_output"}: for `dpo`
 
 
 class CompletionContent(Frozen):
@@ -117,20 +54,6 @@ class TextContent(Frozen):
     """Plain text for continued pre-training."""
 
     text: str = Field(min_length=1)
-
-
-Environment = Annotated[str, Field(min_length=1, max_length=64)]
-
-
-class ChatRow(ChatContent):
-    """A conversation with what strategies may read of it.
-
-    `counterfactual` is the same conversation put in another way, with the same answers; `domain` names the
-    environment that the row comes from. Both are ignored by strategies that don't ask for them.
-    """
-
-    counterfactual: ChatContent | None = None
-    domain: Environment | None = None
 
 
 class CompletionRow(CompletionContent):
@@ -147,13 +70,16 @@ class TextRow(TextContent):
     domain: Environment | None = None
 
 
-Row = ChatRow | CompletionRow | TextRow
+Row = ChatRow | CompletionRow | TextRow | PreferenceRow
 Item = MultipleChoiceItem | ExactMatchItem | NllItem
 
-ROW_TYPES: Final[dict[RowFormat, type[ChatRow] | type[CompletionRow] | type[TextRow]]] = {
+ROW_TYPES: Final[
+    dict[RowFormat, type[ChatRow] | type[CompletionRow] | type[TextRow] | type[PreferenceRow]]
+] = {
     RowFormat.CHAT: ChatRow,
     RowFormat.COMPLETION: CompletionRow,
     RowFormat.TEXT: TextRow,
+    RowFormat.PREFERENCE: PreferenceRow,
 }
 
 
@@ -163,7 +89,7 @@ class RowsReport(Frozen):
     format: RowFormat
     num_rows: int
     num_bytes: int
-    num_learned_turns: int  # assistant turns in the loss; rows for the other formats
+    num_learned_turns: int  # assistant turns in the loss; for prompts and texts the rows
     checks: RowChecks
 
 
@@ -180,7 +106,7 @@ class ItemsReport(Frozen):
 
 def counterpart(row: Row) -> Row | None:
     """The counterfactual that a row carries, as a row of its own."""
-    if row.counterfactual is None:
+    if isinstance(row, PreferenceRow) or row.counterfactual is None:
         return None
     return type(row).model_construct(**dict(row.counterfactual))
 
@@ -189,6 +115,8 @@ def row_format(row: Row) -> RowFormat:
     """The format a row is written in."""
     if isinstance(row, ChatRow):
         return RowFormat.CHAT
+    if isinstance(row, PreferenceRow):
+        return RowFormat.PREFERENCE
     return RowFormat.COMPLETION if isinstance(row, CompletionRow) else RowFormat.TEXT
 
 
@@ -210,6 +138,7 @@ def parse_row(line: bytes | str, *, line_number: int, param: str = TRAINING_FILE
             (RowFormat.CHAT, ("messages",)),
             (RowFormat.COMPLETION, ("prompt", "completion")),
             (RowFormat.TEXT, ("text",)),
+            (RowFormat.PREFERENCE, ("input", "preferred_output", "non_preferred_output")),
         )
         if any(key in value for key in keys)
     ]
@@ -217,7 +146,8 @@ def parse_row(line: bytes | str, *, line_number: int, param: str = TRAINING_FILE
         refuse_line(
             param,
             line_number,
-            "must have exactly one of `messages`, `prompt` with `completion`, or `text`",
+            "must have exactly one of `messages`, `prompt` with `completion`, `text`, or `input` with"
+            " `preferred_output` and `non_preferred_output`",
         )
     return validate_line(ROW_TYPES[kinds[0]], value, line_number=line_number, param=param)
 
@@ -256,10 +186,17 @@ def check_rows(lines: Iterable[bytes | str], *, param: str = TRAINING_FILE) -> R
         num_rows += 1
         found = row_format(row)
         _take_row(tally, line, row)
-        num_turns += sum(m.is_learned for m in row.messages) if isinstance(row, ChatRow) else 1
+        num_turns += _count_turns(row)
     if found is None:
         raise BadRequest(f"{param}: the file has no rows", param, INVALID_ROW)
     checks = tally.finish()
+    if checks.identical_pairs.count == num_rows:
+        raise BadRequest(
+            f"{param}: there is nothing to prefer: in every row preferred_output and non_preferred_output are"
+            " the same",
+            param,
+            INVALID_ROW,
+        )
     if checks.empty_answers.count == num_rows:
         listed = ", ".join(map(str, checks.empty_answers.lines))
         raise BadRequest(
@@ -277,25 +214,61 @@ def check_rows(lines: Iterable[bytes | str], *, param: str = TRAINING_FILE) -> R
     )
 
 
+def _count_turns(row: Row) -> int:
+    if isinstance(row, PreferenceRow):
+        return sum(m.is_learned for m in (*row.preferred_output, *row.non_preferred_output))
+    return sum(m.is_learned for m in row.messages) if isinstance(row, ChatRow) else 1
+
+
 def _take_row(tally: RowTally, line: int, row: Row) -> None:
+    if isinstance(row, PreferenceRow):
+        _take_pair(tally, line, row)
+        return
     if isinstance(row, ChatRow):
         texts = [message.content or "" for message in row.messages]
-        is_empty = any(
-            turn.is_learned and not turn.tool_calls and not (turn.content or "").strip()
-            for turn in row.messages
-        )
-        key: object = (
-            tuple((turn.role, turn.content, turn.weight) for turn in row.messages),
-            repr([turn.tool_calls for turn in row.messages if turn.tool_calls]),
-            repr(row.tools),
-        )
+        is_empty = _has_empty_answer(row.messages)
+        key: object = (_turns_key(row.messages), repr(row.tools))
     elif isinstance(row, CompletionRow):
         texts, is_empty = [row.prompt, row.completion], not row.completion.strip()
         key = (row.prompt, row.completion)
     else:
         texts, is_empty, key = [row.text], not row.text.strip(), row.text
-    size_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-    tally.take(line, key=key, size_bytes=size_bytes, has_empty_answer=is_empty)
+    tally.take(line, key=key, size_bytes=sum(map(text_bytes, texts)), has_empty_answer=is_empty)
+
+
+def _take_pair(tally: RowTally, line: int, row: PreferenceRow) -> None:
+    """A pair is as long as the longer of its sides, and both are read."""
+    sides = row.preferred_output, row.non_preferred_output
+    keys = [_turns_key(side) for side in sides]
+    asked = sum(text_bytes(turn.content or "") for turn in row.input.messages)
+    answers = [sum(text_bytes(turn.content or "") for turn in side) for side in sides]
+    tally.take(
+        line,
+        key=(_turns_key(row.input.messages), repr(row.input.tools), *keys),
+        size_bytes=asked + max(answers),
+        has_empty_answer=_has_empty_answer(row.preferred_output),
+        read_bytes=2 * asked + sum(answers),
+        is_identical=keys[0] == keys[1],
+    )
+
+
+def _has_empty_answer(turns: Iterable[Message]) -> bool:
+    return any(
+        turn.is_learned and not turn.tool_calls and not (turn.content or "").strip()
+        for turn in turns
+    )
+
+
+def _turns_key(turns: Sequence[Message]) -> object:
+    return (
+        tuple((turn.role, turn.content, turn.weight) for turn in turns),
+        repr([turn.tool_calls for turn in turns if turn.tool_calls]),
+    )
+
+
+def text_bytes(text: str) -> int:
+    """Of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def parse_item(line: bytes | str, scorer: Scorer, *, line_number: int, param: str = "file") -> Item:

@@ -1,8 +1,8 @@
 """The body of a job request as OpenAI defines it with Retain's siblings, and the spec it becomes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from app.domain.frozen import Frozen
 from app.domain.policy import Policy, Retention
@@ -10,6 +10,9 @@ from app.domain.stages import Stage
 from app.domain.strategies import StrategyConfig
 
 Auto = Literal["auto"]
+INSTEAD: Final = (
+    "use method.type 'supervised' on rows that show answers, or 'dpo' on rows that compare two"
+)
 
 
 class Hyperparameters(Frozen):
@@ -20,17 +23,61 @@ class Hyperparameters(Frozen):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1e4)] = "auto"
 
 
+class DpoHyperparameters(Hyperparameters):
+    """Those of `method.dpo`; a higher `beta` holds the model nearer to the one it starts from."""
+
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
+
+
 class Supervised(Frozen):
     """`method.supervised`."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Method(Frozen):
-    """`method`; this server trains by supervised fine-tuning."""
+class Dpo(Frozen):
+    """`method.dpo`."""
 
-    type: Literal["supervised"] = "supervised"
-    supervised: Supervised = Supervised()
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
+def _offered(value: object) -> object:
+    if value == "reinforcement":
+        raise ValueError(f"'reinforcement' is not offered; {INSTEAD}")
+    return value
+
+
+def _never(value: object) -> object:
+    if value is not None:
+        raise ValueError(f"reinforcement is not offered; {INSTEAD}")
+    return value
+
+
+class Method(Frozen):
+    """`method`: supervised fine-tuning, or direct preference optimisation on pairs of answers."""
+
+    type: Annotated[Literal["supervised", "dpo"], BeforeValidator(_offered)] = "supervised"
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+    reinforcement: Annotated[None, BeforeValidator(_never)] = Field(default=None, exclude=True)
+
+    @field_validator("supervised", "dpo")
+    @classmethod
+    def _belongs_to_the_type(cls, value: Frozen | None, info: ValidationInfo) -> Frozen | None:
+        chosen = info.data.get("type")
+        if value is not None and chosen is not None and info.field_name != chosen:
+            raise ValueError(
+                f"belongs to method.type '{info.field_name}', and it is '{chosen}'; set method.type, or"
+                f" give method.{chosen}"
+            )
+        return value
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Those of the method that was chosen."""
+        if self.type == "dpo":
+            return (self.dpo or Dpo()).hyperparameters
+        return (self.supervised or Supervised()).hyperparameters
 
 
 class LoraConfig(Frozen):
@@ -115,6 +162,7 @@ class ResolvedTraining(Frozen):
     precision: Literal["auto", "fp32", "bf16"]
     seed: int
     late_adapter: bool = False  # full fine-tuning whose later stage trains an adapter
+    beta: float | None = None  # of direct preference optimisation; None: supervised
 
 
 class ResolvedStage(Frozen):

@@ -10,12 +10,15 @@ from app.domain.configs.hybrid import check_hybrid_optimizer
 from app.domain.configs.replay import ReplayConfig
 from app.domain.levers import check_lever
 from app.domain.policy import Policy, Retention
-from app.domain.spec import CreateJob, Hyperparameters, ResolvedTraining
+from app.domain.spec import CreateJob, DpoHyperparameters, Hyperparameters, ResolvedTraining
 from app.domain.strategies import StrategyConfig, needs_general_data
 from app.errors import BadRequest
 
 LORA_LEARNING_RATE: Final = 2e-4
 FULL_LEARNING_RATE: Final = 2e-5
+#: Of direct preference optimisation: its learning rates beside those, and the beta of Rafailov et al. 2023.
+DPO_RATE: Final = 0.1
+DPO_BETA: Final = 0.1
 DEFAULT_CONTEXT: Final = 2048
 
 # `auto` epochs: three, but more where the file is small and fewer where it is large, so that the model sees
@@ -47,7 +50,8 @@ def resolve_training(
 ) -> ResolvedTraining:
     """Every number of a run.
 
-    `auto`: learning rate 2e-4 for LoRA and 2e-5 for full, times `learning_rate_multiplier` (`auto` is 1);
+    `auto`: learning rate 2e-4 for LoRA and 2e-5 for full, a tenth of it for `dpo`, times
+    `learning_rate_multiplier` (`auto` is 1); beta of `dpo` 0.1;
     epochs and batch size by `auto_epochs` and `auto_batch_size`; `total_steps` is epochs times the batches of
     an epoch, the last one possibly smaller.
 
@@ -75,9 +79,11 @@ def resolve_training(
     multiplier = (
         1.0 if isinstance(asked.learning_rate_multiplier, str) else asked.learning_rate_multiplier
     )
+    beta = _resolve_beta(asked)
     learning_rate = training.learning_rate
     if learning_rate is None:
         learning_rate = LORA_LEARNING_RATE if training.type == "lora" else FULL_LEARNING_RATE
+        learning_rate *= 1.0 if beta is None else DPO_RATE
     return ResolvedTraining(
         type=training.type,
         lora=training.lora,
@@ -95,13 +101,14 @@ def resolve_training(
         checkpoint_interval=training.checkpoint_interval,
         precision=request.resources.precision,
         seed=seed if request.seed is None else request.seed,
+        beta=beta,
     )
 
 
 def asked_hyperparameters(request: CreateJob) -> Hyperparameters:
-    """OpenAI's three as the request gives them: `method` goes before the deprecated field."""
+    """As the request gives them: `method` goes before the deprecated field."""
     if request.method is not None:
-        return request.method.supervised.hyperparameters
+        return request.method.hyperparameters
     return request.hyperparameters or Hyperparameters()
 
 
@@ -197,6 +204,12 @@ def _check_distillation(strategies: Sequence[StrategyConfig]) -> None:
             if problem is not None:
                 path = f"retention.strategies.{place}.on"
                 raise BadRequest(f"{path}: {problem}.", path)
+
+
+def _resolve_beta(asked: Hyperparameters) -> float | None:
+    if not isinstance(asked, DpoHyperparameters):
+        return None
+    return DPO_BETA if isinstance(asked.beta, str) else asked.beta
 
 
 def _sequence_length(asked: int | None, context_length: int | None) -> int:

@@ -1,16 +1,18 @@
 """Lengths of a job's rows as estimates need them: what is read of a file in the store, in tokens by its bytes."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final, NamedTuple
 
 from app.db.models import File
+from app.domain.conversations import ChatRow, Message, PreferenceRow
 from app.domain.estimates_job import RowSample
 from app.domain.estimates_work import RowTokens
 from app.domain.jsonlines import read_lines
-from app.domain.rows import ChatRow, CompletionRow, Message, Row, TextRow, iter_rows
+from app.domain.rows import CompletionRow, Row, TextRow, iter_rows
 from app.errors import BadRequest
 from app.services.storage import Storage
 
@@ -36,6 +38,7 @@ class FileBytes(NamedTuple):
 
     rows: tuple[RowBytes, ...]
     share_read: float  # of the file's bytes
+    a_line: int = 1  # of them come from a line: two from a pair
 
 
 def measure_rows(storage: Storage, file: File) -> FileBytes:
@@ -53,7 +56,7 @@ def sample_tokens(
 
     Args:
         found: Of the file.
-        num_rows: It has.
+        num_rows: Lines it has.
         bytes_per_token: Of text, in the base model's tokens.
         max_tokens: Rows are cut there.
     """
@@ -63,7 +66,7 @@ def sample_tokens(
         learned = math.ceil(row.learned / bytes_per_token) + row.learned_turns
         read = min(max(read, 2), max_tokens)
         rows.append(RowTokens(read, min(max(learned, 1), read - 1)))
-    return RowSample(rows=tuple(rows), num_rows=num_rows)
+    return RowSample(rows=tuple(rows), num_rows=num_rows * found.a_line)
 
 
 def guess_bytes_per_token(vocab_size: int | None) -> float:
@@ -75,16 +78,17 @@ def guess_bytes_per_token(vocab_size: int | None) -> float:
 
 @lru_cache(maxsize=256)
 def _measure(storage: Storage, path: str, sha256: str, size_bytes: int) -> FileBytes:  # noqa: ARG001 - the key
-    rows: list[RowBytes] = []
+    found: list[tuple[RowBytes, ...]] = []
     read = 0
     if storage.exists(path):
         with storage.open(path) as source:
             lines = _Counted(read_lines(source))
-            rows = [_bytes_of(row) for row in _good_rows(lines)]
+            found = [_bytes_of(row) for row in _good_rows(lines)]
             read = lines.size_bytes
-    if not rows:
+    if not found:
         return FileBytes((RowBytes(*GUESSED_ROW, 1, 1),), 0.0)
-    return FileBytes(tuple(rows), min(read / max(size_bytes, 1), 1.0))
+    rows = tuple(itertools.chain.from_iterable(found))
+    return FileBytes(rows, min(read / max(size_bytes, 1), 1.0), len(found[0]))
 
 
 class _Counted:
@@ -109,7 +113,14 @@ def _good_rows(lines: _Counted) -> Iterator[Row]:
             yield row
 
 
-def _bytes_of(row: Row) -> RowBytes:
+def _bytes_of(row: Row) -> tuple[RowBytes, ...]:
+    """Of what is read of a row: one conversation or text, or the two of a pair."""
+    if isinstance(row, PreferenceRow):
+        return _bytes_of_one(row.preferred), _bytes_of_one(row.rejected)
+    return (_bytes_of_one(row),)
+
+
+def _bytes_of_one(row: ChatRow | CompletionRow | TextRow) -> RowBytes:
     match row:
         case ChatRow():
             texts = [(_text_bytes(message), message.is_learned) for message in row.messages]

@@ -61,7 +61,8 @@ def write_rows(source: Path, target: Path, max_bytes: int, *, all_columns: bool)
             shown = ", ".join(names[:20])
             raise Refused(
                 "its columns make no training rows: there has to be `messages`, `conversations`,"
-                f" `instruction` with `output`, `prompt` with `completion`, or `text`; it has {shown[:400]}"
+                " `instruction` with `output`, `prompt` with `completion`, `text`, or `input` with"
+                f" `preferred_output` and `non_preferred_output`; it has {shown[:400]}"
             )
         if table.metadata.num_rows > MAX_LINES:
             raise Refused(f"more than {MAX_LINES:,} rows")

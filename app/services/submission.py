@@ -19,6 +19,7 @@ from app.domain.configs.base import CAUSAL_LM
 from app.domain.conflicts import Surroundings, check_conflicts
 from app.domain.data_checks import DataFinding
 from app.domain.identifiers import parse_id
+from app.domain.methods import GENERAL_DATA, check_formats, check_stages, is_preference
 from app.domain.policy import VALID_LOSS, Policy
 from app.domain.power import PlannedBenchmark, Power, power
 from app.domain.runplan import BasePlan
@@ -64,6 +65,13 @@ class JobFiles:
         found = {"training_file": self.training}
         found |= {param: self.stages[text] for param, text in stage_files(body)}
         return found if self.validation is None else found | {"validation_file": self.validation}
+
+    def formats(self, body: CreateJob) -> dict[str, str]:
+        """How the rows of those that are checked are written, by field."""
+        files = self.by_param(body)
+        if self.general is not None:
+            files[GENERAL_DATA] = self.general
+        return {param: file.report["format"] for param, file in files.items() if file.report}
 
 
 class ResolvedJob(NamedTuple):
@@ -262,6 +270,8 @@ def _resolve(
     seed: int | None = None,
 ) -> tuple[JobSpec, tuple[Watched, ...], ResolvedStrategies]:
     """The spec, what it watches, and what was chosen for it."""
+    check_stages(body)
+    check_formats(body, files.formats(body))
     training = resolve_training(
         body,
         num_rows=_num_rows(files.training),
@@ -293,6 +303,7 @@ def _resolve(
             num_parameters=base.details.get("num_parameters"),
             weight_decay=training.weight_decay,
             stage_names=tuple(stage.name for stage in staged.stages),
+            compares=is_preference(body),
         ),
     )
     policy, watched = _resolve_policy(session, project, base, body, chosen)

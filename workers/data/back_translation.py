@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import torch
 
-from app.domain.rows import ChatRow, CompletionRow, Row
+from app.domain.conversations import ChatRow
+from app.domain.rows import CompletionRow, Row
 from app.errors import TrainingFailed
 from workers.data.counterfactuals import Encoded, Maker, question_parts, with_question
 

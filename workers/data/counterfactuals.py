@@ -13,7 +13,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from app.domain.rows import ChatRow, CompletionRow, Row, counterpart
+from app.domain.conversations import ChatRow
+from app.domain.rows import CompletionRow, Row, counterpart
 from app.domain.runplan import RowsPlan
 from workers.data.masks import Encoder, Ids, Weights, tokenizer_sha256
 from workers.data.rendering import Renderer

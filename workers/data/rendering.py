@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from app.domain.rows import ChatRow, CompletionRow, Message, Row
+from app.domain.conversations import ChatRow, Message, PreferenceRow
+from app.domain.rows import CompletionRow, Row
 from workers.data.templates import DEFAULT_CHAT_TEMPLATE, UNUSABLE_TEMPLATE, ChatTemplate
 
 __all__ = ["DEFAULT_CHAT_TEMPLATE", "UNUSABLE_TEMPLATE", "Rendered", "Renderer", "Span"]
@@ -75,6 +76,8 @@ class Renderer:
         if isinstance(row, CompletionRow):
             text = row.prompt + row.completion
             return Rendered(text, (Span(len(row.prompt), len(text)),), is_verbatim=True)
+        if isinstance(row, PreferenceRow):
+            raise TypeError("a preference row is two conversations: render each of them")
         return Rendered(row.text, (Span(0, len(row.text)),), is_verbatim=True)
 
     def render_questions(self, questions: Sequence[str]) -> list[str]:

@@ -16,8 +16,9 @@ from app.domain.benchmarks import (
     NllItem,
     Scorer,
 )
+from app.domain.conversations import ChatRow
 from app.domain.jsonlines import read_lines
-from app.domain.rows import ChatRow, Item, Row, TextRow, iter_items
+from app.domain.rows import Item, Row, TextRow, iter_items
 from app.domain.runplan import BenchmarkPlan
 from app.errors import BadRequest, TrainingFailed
 from workers.data.masks import Encoder, Ids, Weights, tokenizer_sha256

@@ -1,7 +1,7 @@
 """The job object, and what a job has: events, checkpoints, the frontier."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from app.api.schemas.stages import ShownStage, ShownStudent, show_stages, show_s
 from app.db.models import Checkpoint, Job, JobEvent
 from app.domain.identifiers import checkpoint_name, model_version_name, public_id
 from app.domain.policy import Policy
-from app.domain.spec import JobSpec
+from app.domain.spec import DpoHyperparameters, JobSpec
 from app.domain.states import JobState
 from app.domain.strategies import StrategyConfig
 from app.domain.submit import asked_hyperparameters
@@ -33,11 +33,27 @@ class ShownHyperparameters(Schema):
     learning_rate_multiplier: float | str
 
 
-class ShownMethod(Schema):
+class ShownDpoHyperparameters(ShownHyperparameters):
+    """Those of `dpo`."""
+
+    beta: float | str
+
+
+class ShownSupervised(Schema):
     """`method` with resolved values."""
 
     type: Literal["supervised"] = "supervised"
     supervised: dict[Literal["hyperparameters"], ShownHyperparameters]
+
+
+class ShownDpo(Schema):
+    """`method` with resolved values, of a job that compares answers."""
+
+    type: Literal["dpo"] = "dpo"
+    dpo: dict[Literal["hyperparameters"], ShownDpoHyperparameters]
+
+
+ShownMethod = Annotated[ShownSupervised | ShownDpo, Field(discriminator="type")]
 
 
 class ShownRetention(Schema):
@@ -154,7 +170,7 @@ def show_job(shown: ShownJob) -> JobObject:
         training_file=spec.request.training_file,
         validation_file=spec.request.validation_file,
         hyperparameters=numbers,
-        method=ShownMethod(supervised={"hyperparameters": numbers}),
+        method=_show_method(job, spec, numbers),
         result_files=(
             [] if job.result_file_id is None else [public_id("file", job.result_file_id)]
         ),
@@ -230,13 +246,25 @@ def show_checkpoint(checkpoint: Checkpoint, shown: ShownJob) -> CheckpointObject
 def _show_hyperparameters(job: Job, spec: JobSpec) -> ShownHyperparameters:
     asked = asked_hyperparameters(spec.request)
     if job.state is JobState.VALIDATING_FILES:
-        return ShownHyperparameters.model_validate(asked.model_dump())
+        return ShownHyperparameters.model_validate(asked.model_dump(exclude={"beta"}))
     multiplier = asked.learning_rate_multiplier
     return ShownHyperparameters(
         n_epochs=spec.training.n_epochs,
         batch_size=spec.training.batch_size,
         learning_rate_multiplier=1.0 if isinstance(multiplier, str) else multiplier,
     )
+
+
+def _show_method(
+    job: Job, spec: JobSpec, numbers: ShownHyperparameters
+) -> ShownSupervised | ShownDpo:
+    asked = asked_hyperparameters(spec.request)
+    if not isinstance(asked, DpoHyperparameters):
+        return ShownSupervised(supervised={"hyperparameters": numbers})
+    is_open = job.state is JobState.VALIDATING_FILES or spec.training.beta is None
+    beta = asked.beta if is_open else spec.training.beta
+    shown = ShownDpoHyperparameters.model_validate(numbers.model_dump() | {"beta": beta})
+    return ShownDpo(dpo={"hyperparameters": shown})
 
 
 def _show_error(error: dict[str, Any]) -> JobError:

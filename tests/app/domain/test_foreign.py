@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from app.domain.conversations import ChatRow
 from app.domain.foreign import Layout, NotConvertible, choose_columns, convert_row, find_layout
 from app.domain.preview import LISTED_DROPS, LISTED_REASONS, Tally, shorten
-from app.domain.rows import ChatRow, parse_row
+from app.domain.rows import parse_row
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 

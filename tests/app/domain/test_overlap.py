@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from app.domain.benchmarks import MultipleChoiceItem, Scorer
+from app.domain.conversations import ChatRow
 from app.domain.overlap import drop_overlapping, item_texts, row_texts
-from app.domain.rows import ChatRow, parse_item, parse_row
+from app.domain.rows import parse_item, parse_row
 
 WORDS = [f"w{i}" for i in range(40)]
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.domain.benchmarks import ExactMatchItem, MultipleChoiceItem, Scorer
+from app.domain.conversations import ChatRow
 from app.domain.jsonlines import MAX_LINE_BYTES, read_lines
 from app.domain.rows import (
-    ChatRow,
     CompletionRow,
     RowFormat,
     TextRow,
@@ -99,11 +99,13 @@ def test_a_tool_conversation_is_taken() -> None:
         ('{"text": "' + "a" * MAX_LINE_BYTES + '"}', "longer than 1,048,576 bytes"),
         (
             "{}",
-            "must have exactly one of `messages`, `prompt` with `completion`, or `text`",
+            "must have exactly one of `messages`, `prompt` with `completion`, `text`, or `input` with"
+            " `preferred_output` and `non_preferred_output`",
         ),
         (
             '{"text": "a", "prompt": "b"}',
-            "must have exactly one of `messages`, `prompt` with `completion`, or `text`",
+            "must have exactly one of `messages`, `prompt` with `completion`, `text`, or `input` with"
+            " `preferred_output` and `non_preferred_output`",
         ),
         ('{"text": ""}', "text: String should have at least 1 character"),
         ('{"prompt": "a"}', "completion: Field required"),

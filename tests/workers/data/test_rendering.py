@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.rows import ChatRow, parse_row
+from app.domain.conversations import ChatRow
+from app.domain.rows import parse_row
 from app.errors import TrainingFailed
 from tests.tiny import PLAIN_TEMPLATE, make_tokenizer
 from workers.data.masks import Encoder
