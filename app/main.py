@@ -1,7 +1,11 @@
 """The HTTP server's wiring; nothing happens at import."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 from typing import Any
 
 from cryptography.fernet import MultiFernet
@@ -33,6 +37,7 @@ from app.services.known_keys import KnownKeys
 from app.services.logs import configure_logging
 from app.services.rate_limits import RateLimiter
 from app.services.storage import Storage
+from app.services.waiting import WaitingRoom
 from app.settings import Settings, load_settings
 from app.web import build_router
 
@@ -50,7 +55,17 @@ def create_app(
     settings: Settings, session_factory: SessionFactory, *, cipher: MultiFernet | None = None
 ) -> FastAPI:
     """The application over a database; storage and the secrets' key come from the settings."""
+    room = WaitingRoom(session_factory)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        room.start()
+        with closing_at_signal(room):
+            yield
+        room.stop()
+
     app = FastAPI(
+        lifespan=lifespan,
         title="Retain",
         version="0.1.0",
         description="Fine-tunes language models without letting them forget.",
@@ -67,6 +82,7 @@ def create_app(
         cipher=load_cipher(settings) if cipher is None else cipher,
         limiter=RateLimiter(settings),
         known_keys=KnownKeys(settings.key_cache_seconds),
+        room=room,
     )
     install_error_handlers(app)
     for noun in (
@@ -105,11 +121,42 @@ def create_app_from_environment() -> FastAPI:
         raise RuntimeError("RETAIN_DATABASE_URL is not set; `retain up` sets it for its processes")
     engine = build_engine(settings.database_url, pool_size=POOL_SIZE, application="retain-api")
     app = create_app(settings, build_session_factory(engine))
+    serve = app.router.lifespan_context
 
     @asynccontextmanager
-    async def dispose(_app: FastAPI) -> AsyncIterator[None]:
-        yield
+    async def dispose(app: FastAPI) -> AsyncIterator[None]:
+        async with serve(app):
+            yield
         engine.dispose()
 
     app.router.lifespan_context = dispose
     return app
+
+
+@contextmanager
+def closing_at_signal(room: WaitingRoom) -> Iterator[None]:
+    """Sends those who wait home at the signals that stop the server.
+
+    It tells the application that it stops only when all requests are over; streams would keep it for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(
+            room.close
+        )  # not here: the lock may be held by what was interrupted
+        then = before[signal.Signals(number)]
+        if callable(then):
+            then(number, frame)
+
+    for number in before:
+        signal.signal(number, close)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

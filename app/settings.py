@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=512 * 2**20, ge=1)
     max_resumable_bytes: int = Field(default=2 * 2**30, ge=1)  # of a file that comes in parts
     max_json_bytes: int = Field(default=2**20, ge=1)
+    max_wait_seconds: float = Field(default=300, gt=0)  # of one long poll
+    max_stream_seconds: float = Field(default=24 * 3600, gt=0)  # of one stream; its reader goes on
+    stream_ping_seconds: float = Field(default=15, gt=0)  # proxies cut what is silent
     docs_enabled: bool = True
     requests_per_minute_per_key: int = Field(default=60_000, ge=0)  # 0: no limit
     requests_per_minute_per_project: int = Field(default=120_000, ge=0)  # 0: no limit

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from fastapi import FastAPI
 
 from app.db.models import Project
 from app.db.session import SessionFactory
@@ -26,12 +27,17 @@ def serving(settings: Settings, session_factory: SessionFactory) -> Iterator[str
         settings: Of a throw-away data directory.
         session_factory: One whose sessions really commit.
     """
+    with serving_app(create_app(settings, session_factory)) as url:
+        yield url
+
+
+@contextmanager
+def serving_app(app: FastAPI) -> Iterator[str]:
+    """Serves an application until the block ends; gives the address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)  # who connects before the server is up waits
-        config = uvicorn.Config(
-            create_app(settings, session_factory), log_level="warning", lifespan="off"
-        )
+        config = uvicorn.Config(app, log_level="warning", lifespan="on")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -39,6 +45,7 @@ def serving(settings: Settings, session_factory: SessionFactory) -> Iterator[str
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
+            app.state.resources.room.close()  # in a process of its own a signal does it
             thread.join(timeout=20)
 
 

@@ -29,6 +29,7 @@ from app.services.keys import authenticate
 from app.services.known_keys import KnownKeys
 from app.services.rate_limits import RateLimited, RateLimiter
 from app.services.storage import Storage
+from app.services.waiting import WaitingRoom
 from app.settings import Settings
 
 
@@ -42,6 +43,7 @@ class Resources:
     cipher: MultiFernet
     limiter: RateLimiter
     known_keys: KnownKeys
+    room: WaitingRoom
 
 
 def get_resources(request: Request) -> Resources:

@@ -101,16 +101,23 @@ def envelope(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """An error's response."""
-    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    detail = ErrorDetail(message=message, type=kind, param=param, code=code)
+    content = _content(status, message, param, code)
     all_headers = dict(headers or {})
     if status in FINAL:
         all_headers.setdefault("x-should-retry", "false")
     if status == HTTPStatus.UNAUTHORIZED:
         all_headers.setdefault("www-authenticate", "Bearer")
-    return JSONResponse(
-        ErrorBody(error=detail).model_dump(), status_code=status, headers=all_headers
-    )
+    return JSONResponse(content.model_dump(), status_code=status, headers=all_headers)
+
+
+def error_content(error: RetainError) -> ErrorBody:
+    """The envelope of an error that comes after its answer has begun."""
+    return _content(status_of(error), str(error), error.param, error.code)
+
+
+def _content(status: int, message: str, param: str | None, code: str | None) -> ErrorBody:
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
 
 def answer_error(error: RetainError, *, retry_after: int = 1) -> JSONResponse:

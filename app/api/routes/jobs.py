@@ -1,12 +1,8 @@
 """Fine-tuning jobs: made, listed, watched, cancelled, paused, resumed; what happened in them."""
 
-import re
-import time
 from collections.abc import Callable
 from typing import Annotated
-from uuid import UUID
 
-import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
@@ -15,7 +11,6 @@ from app.api.dependencies import (
     JobsReader,
     JobsWriter,
     ModelsWriter,
-    Resources,
     ResourcesDep,
     SessionDep,
     WriterDep,
@@ -33,6 +28,8 @@ from app.api.schemas.jobs import (
     show_job,
 )
 from app.api.schemas.models import ModelObject, show_published
+from app.api.streams import STREAMED, open_stream
+from app.api.waits import Prefer, Wait, Waiter, answer, wished_wait
 from app.db.models import Job
 from app.db.session import transaction
 from app.domain.identifiers import parse_id, public_id
@@ -47,11 +44,7 @@ from app.services.submission import submit_job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-MAX_WAIT_SECONDS = 120.0
-POLL_SECONDS = 0.5
 ID = "fine_tuning_job_id"
-
-_PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,6})(?:$|[,;\s])")
 
 
 @router.post("", response_model=JobObject)
@@ -106,32 +99,33 @@ def list_jobs(
     return build_page(shown, has_more=has_more)
 
 
-@router.get("/{fine_tuning_job_id}")
+@router.get("/{fine_tuning_job_id}", response_model=JobObject)
 async def retrieve_job(
     fine_tuning_job_id: str,
     request: Request,
     resources: ResourcesDep,
     caller: JobsReader,
-    wait: Annotated[float | None, Query(ge=0, le=3600)] = None,
-    prefer: Annotated[str | None, Header(max_length=512)] = None,
-) -> JobObject:
+    wait: Wait = None,
+    prefer: Prefer = None,
+) -> Response:
     """One job. With `wait` (or `Prefer: wait=`) seconds the answer comes when its status changes, or then.
 
-    A job that has ended is answered at once; more than two minutes are not waited.
+    A job that has ended is answered at once; no longer than the server's limit is waited (five minutes).
     """
     key = parse_id("job", fine_tuning_job_id, param=ID)
-    seconds = min(_wished_wait(wait, prefer), MAX_WAIT_SECONDS)
-    ends_at = time.monotonic() + seconds
-    job = await run_in_threadpool(_load, resources, caller, key)
-    first = job.status
-    # No session is held while waiting: every look is a short transaction of its own.
-    while job.status == first and job.finished_at is None:
-        left = ends_at - time.monotonic()
-        if left <= 0 or await request.is_disconnected():
-            break
-        await anyio.sleep(min(POLL_SECONDS, left))
-        job = await run_in_threadpool(_load, resources, caller, key)
-    return job
+
+    def read() -> tuple[JobObject, int]:
+        with transaction(resources.session_factory) as session:
+            job = jobs.get_job(session, caller.project_id, key)
+            return show_job(jobs.show_jobs(session, [job])[0]), job.event_count
+
+    seconds, applied = wished_wait(resources, wait, prefer)
+    first = await run_in_threadpool(read)
+    job, status = first[0], first[0].status
+    if seconds > 0 and job.finished_at is None:
+        waiter = Waiter(resources.room, request, caller, key, seconds)
+        job = await waiter.until(first, read, lambda now: now.status != status)
+    return answer(job, applied)
 
 
 @router.post("/{fine_tuning_job_id}/cancel", response_model=JobObject)
@@ -152,18 +146,34 @@ def resume_job(fine_tuning_job_id: str, caller: JobsWriter, writer: WriterDep) -
     return _change(fine_tuning_job_id, caller, writer, control.resume_job)
 
 
-@router.get("/{fine_tuning_job_id}/events")
-def list_events(
+@router.get(
+    "/{fine_tuning_job_id}/events", response_model=Page[EventObject], responses=dict(STREAMED)
+)
+async def list_events(
     fine_tuning_job_id: str,
-    session: SessionDep,
+    resources: ResourcesDep,
     caller: JobsReader,
     after: After = None,
     limit: Limit = 20,
-) -> Page[EventObject]:
-    """The job's log, newest first."""
-    job = _get(session, caller, fine_tuning_job_id)
-    found, has_more = jobs.list_events(session, job, after=parse_after("event", after), limit=limit)
-    return build_page([show_event(event) for event in found], has_more=has_more)
+    *,
+    stream: Annotated[bool, Query(description="All events, oldest first, as they happen")] = False,
+    last_event_id: Annotated[str | None, Header(max_length=128)] = None,
+) -> Page[EventObject] | Response:
+    """The job's log, newest first; with `stream=true` as server-sent events that end with the job.
+
+    A stream goes on after the event that `Last-Event-ID` (or `after`) names.
+    """
+    key, last = parse_id("job", fine_tuning_job_id, param=ID), parse_after("event", after)
+    if stream:
+        return await open_stream(resources, caller, key, after=last, last_event_id=last_event_id)
+
+    def read() -> Page[EventObject]:
+        with transaction(resources.session_factory) as session:
+            job = jobs.get_job(session, caller.project_id, key)
+            found, has_more = jobs.list_events(session, job, after=last, limit=limit)
+            return build_page([show_event(event) for event in found], has_more=has_more)
+
+    return await run_in_threadpool(read)
 
 
 @router.get("/{fine_tuning_job_id}/checkpoints")
@@ -230,12 +240,6 @@ def _get(session: Session, caller: Caller, job_id: str) -> Job:
     return jobs.get_job(session, caller.project_id, parse_id("job", job_id, param=ID))
 
 
-def _load(resources: Resources, caller: Caller, key: UUID) -> JobObject:
-    with transaction(resources.session_factory) as session:
-        job = jobs.get_job(session, caller.project_id, key)
-        return show_job(jobs.show_jobs(session, [job])[0])
-
-
 def _change(job_id: str, caller: Caller, writer: WriterDep, change: Callable[..., Job]) -> Response:
     key = parse_id("job", job_id, param=ID)
 
@@ -246,10 +250,3 @@ def _change(job_id: str, caller: Caller, writer: WriterDep, change: Callable[...
         return show_job(jobs.show_jobs(session, [job])[0])
 
     return writer.run(caller, None, work)
-
-
-def _wished_wait(wait: float | None, prefer: str | None) -> float:
-    if wait is not None:
-        return wait
-    found = None if prefer is None else _PREFER_WAIT.search(prefer)
-    return 0.0 if found is None else float(found[1])

@@ -1,10 +1,8 @@
 """External runs: registered, scored, told what to do, and ended."""
 
-import time
-from typing import Annotated, Final
+from typing import Annotated
 from uuid import UUID
 
-import anyio
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
@@ -29,6 +27,7 @@ from app.api.schemas.runs import (
     show_run,
     show_run_decision,
 )
+from app.api.waits import Waiter
 from app.db.models import DecisionRow
 from app.db.session import transaction
 from app.domain.external import Acknowledge, CreateRun, FinishRun, PostBaseline, PostEvaluation
@@ -37,9 +36,6 @@ from app.services import external_runs, jobs
 from app.services.external_scores import record_run_baseline, record_run_evaluation
 
 router = APIRouter(prefix="/v1/runs", tags=["external runs"])
-
-MAX_WAIT_SECONDS: Final = 120.0
-POLL_SECONDS: Final = 0.5
 
 
 @router.post("", response_model=RunObject)
@@ -131,8 +127,8 @@ async def list_decisions(
 ) -> RunDecisions:
     """Decisions made after `after`, oldest first; `include=evidence` adds all they rested on.
 
-    With `wait` seconds the answer comes when there is one, when the run has ended, or then; more than two
-    minutes are not waited.
+    With `wait` seconds the answer comes when there is one, when the run has ended, or then; no longer than the
+    server's limit is waited (five minutes).
     """
     key, cursor, with_evidence = (
         _key(run_id),
@@ -140,7 +136,7 @@ async def list_decisions(
         wants(request, "evidence"),
     )
 
-    def look() -> tuple[RunDecisions, bool]:
+    def read() -> tuple[tuple[RunDecisions, bool], int]:
         with transaction(resources.session_factory) as session:
             run = external_runs.get_run(session, caller.project_id, key)
             rows, has_more = external_runs.list_decisions_after(
@@ -148,17 +144,12 @@ async def list_decisions(
             )
             shown = _show(session, rows, with_evidence=with_evidence)
             page = build_decisions(shown, has_more=has_more, after=after)
-            return page, run.state.is_terminal
+            return (page, bool(page.data) or run.state.is_terminal), run.event_count
 
-    ends_at = time.monotonic() + min(wait, MAX_WAIT_SECONDS)
-    page, is_over = await run_in_threadpool(look)
-    # No session is held while waiting: every look is a short transaction of its own.
-    while not page.data and not is_over:
-        left = ends_at - time.monotonic()
-        if left <= 0 or await request.is_disconnected():
-            break
-        await anyio.sleep(min(POLL_SECONDS, left))
-        page, is_over = await run_in_threadpool(look)
+    first = await run_in_threadpool(read)
+    seconds = min(wait, resources.settings.max_wait_seconds)
+    waiter = Waiter(resources.room, request, caller, key, seconds)
+    page, _ = await waiter.until(first, read, lambda now: now[1])
     return page
 
 
