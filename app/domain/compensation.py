@@ -49,7 +49,8 @@ def plan_compensation(
         }
     )
     retention = spec.request.retention or Retention()
-    request = spec.request
+    # An alias may point elsewhere by now; the version's own start is meant.
+    request = spec.request.model_copy(update={"model": spec.start or spec.request.model})
     if not spec.strategies:
         retention = retention.model_copy(update={"strategies": "auto", "policy": policy})
         plan = request.model_copy(update={"retention": retention})

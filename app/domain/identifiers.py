@@ -1,5 +1,6 @@
 """Public ids: a prefix that names the kind, then the row's uuid as 32 hex digits."""
 
+import re
 from typing import Final
 from uuid import UUID
 
@@ -30,6 +31,8 @@ PREFIXES: Final = {
     "api_key": "key_",
 }
 
+_CHECKPOINT: Final = re.compile(r"(?P<version>ft:.+):ckpt-step-(?P<step>[0-9]{1,9})")
+
 
 def public_id(kind: str, key: UUID) -> str:
     """The id that clients see for a row of this kind."""
@@ -55,6 +58,12 @@ def parse_id(kind: str, text: str, *, param: str | None = None) -> UUID:
 def model_version_name(base: str, project: str, suffix: str | None, key: UUID) -> str:
     """The name of a published version: `ft:<base>:<project>:<suffix>:<8 hex digits>`, as OpenAI writes it."""
     return f"ft:{base}:{project}:{suffix or ''}:{key.hex[:8]}"
+
+
+def split_checkpoint_name(name: str) -> tuple[str, int] | None:
+    """The version's name and the step of a checkpoint's name; None for any other name."""
+    found = _CHECKPOINT.fullmatch(name)
+    return None if found is None else (found["version"], int(found["step"]))
 
 
 def checkpoint_name(version_name: str, step: int) -> str:

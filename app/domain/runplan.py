@@ -13,13 +13,39 @@ from app.domain.spec import ResolvedStudent, ResolvedTraining
 from app.domain.strategies import StrategyConfig
 
 
+class LayerPlan(Frozen):
+    """What lies over a model's weights where a job starts: a published adapter, or another job's checkpoint."""
+
+    kind: Literal["adapter", "checkpoint"]
+    directory: str
+    training: ResolvedTraining | None = None  # of the job that saved the checkpoint
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it changes the weights by adapters alone."""
+        return self.training is None or self.training.type == "lora"
+
+
 class BasePlan(Frozen):
-    """The model the job starts from, on local disk; `sha256` covers all its files."""
+    """The model the job starts from, on local disk; `sha256` covers all its files, and its layers'."""
 
     name: str
     directory: str
     sha256: str
     default_template: bool  # the base has no chat template: the built-in plain one is used
+    layers: tuple[LayerPlan, ...] = ()  # over the weights in `directory`, the first one first
+    root_sha256: str | None = None  # of the registered base model; None: it is `sha256`
+    is_over_root: bool = True  # the layers lie over the registered base's own weights
+
+    @property
+    def registered_sha256(self) -> str:
+        """Of the registered base model that the start goes back to."""
+        return self.root_sha256 or self.sha256
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether what a job makes of it can be told as an adapter of the registered base model."""
+        return self.is_over_root and all(layer.is_adapter for layer in self.layers)
 
 
 class RowsPlan(Frozen):

@@ -197,6 +197,7 @@ class JobSpec(Frozen):
     policy: Policy | None  # None: retention off, or no suite to watch
     stages: tuple[ResolvedStage, ...] = ()  # empty: one stage, the training file
     student: ResolvedStudent | None = None
+    start: str | None = None  # version or checkpoint that `request.model` meant; None: a base model
 
     @property
     def is_unwatched_by_wish(self) -> bool:

@@ -21,7 +21,6 @@ from app.domain.estimates_evaluation import BenchmarkRows, EvaluationRows
 from app.domain.estimates_job import Asked, RowSample, StageRows
 from app.domain.estimates_runs import reckon_run
 from app.domain.estimates_shapes import ModelShape
-from app.domain.runplan import BasePlan
 from app.domain.spec import CreateJob, JobSpec
 from app.errors import BadRequest
 from app.services.estimate_rows import (
@@ -142,13 +141,14 @@ def measured_device(measured: Measured) -> Device:
 def _find(session: Session, project_id: UUID, body: CreateJob) -> Found:
     project = ProjectJobRepository(session).get_project(project_id)
     resolved = resolve_job(session, project, body)
-    shape = _shape_of(resolved.base)
+    base = resolved.start.base
+    shape = _shape_of(base)
     files = {body.training_file: resolved.files.training, **resolved.files.stages}
     if resolved.files.general is not None:
         files["general"] = resolved.files.general
     if resolved.files.validation is not None:
         files["validation"] = resolved.files.validation
-    row = MeasuredRepository(session).find_file_bytes(resolved.base.id)
+    row = MeasuredRepository(session).find_file_bytes(base.id)
     return Found(
         spec=resolved.spec,
         shape=shape,
@@ -174,15 +174,8 @@ def _shape_of(base: BaseModel) -> ModelShape:
 
 
 def _benchmarks(session: Session, resolved: ResolvedJob) -> tuple[BenchmarkRows, ...]:
-    base = resolved.base
-    plan = BasePlan(
-        name=base.name,
-        directory="",
-        sha256=base.sha256,
-        default_template=not base.has_chat_template,
-    )
-    key, history = baseline_key(plan), HistoryRepository(session)
-    per_token = guess_bytes_per_token(base.details.get("vocab_size"))
+    key, history = baseline_key(resolved.start.plan(session)), HistoryRepository(session)
+    per_token = guess_bytes_per_token(resolved.start.base.details.get("vocab_size"))
 
     def describe(found: Watched) -> BenchmarkRows:
         version = found.benchmark.version

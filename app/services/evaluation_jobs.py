@@ -31,10 +31,10 @@ from app.services.runs import (
     Input,
     Prepared,
     Scratch,
-    base_input,
     benchmark_input,
     choose_threads,
     prepare_run,
+    start_input,
     without_baselines,
 )
 from app.services.watched import Watched
@@ -97,9 +97,9 @@ def build_evaluation_plan(
     model = session.get_one(ModelVersion, UUID(spec.model_version_id))
     if model.deleted_at is not None or model.path is None or model.sha256 is None:
         raise TrainingFailed(f"The model '{model.name}' is gone.", None, "model_not_found")
-    base, base_files = base_input(session, job, scratch)
+    base, base_files, _ = start_input(session, job, scratch)
     artifact = Input(model.path, scratch.input(model.sha256), model.sha256, is_directory=True)
-    inputs = [base_files, artifact]
+    inputs = [*base_files, artifact]
     benchmarks = []
     for wish in spec.benchmarks:
         named = BenchmarkRepository(session).find_reference(job.project_id, wish.name)

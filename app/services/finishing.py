@@ -17,7 +17,6 @@ from app.services.engine import end_failed, end_lease, hold
 from app.services.estimates import keep_measured
 from app.services.events import add_job_event, add_transition
 from app.services.files import PROCESSED, RESULTS
-from app.services.lineage import find_parent
 from app.services.monitoring import FinalVerdict, final_verdict, judge_scores
 from app.services.storage import Stored
 
@@ -152,13 +151,12 @@ def _add_version(
     version_id = uuid4()
     base = session.get_one(BaseModel, job.base_model_id)
     project = session.get_one(Project, job.project_id)
-    parent = find_parent(session, job.project_id, JobSpec.model_validate(job.spec))
     version = ModelVersion(
         id=version_id,
         project_id=job.project_id,
         name=model_version_name(base.name, project.name, job.suffix, version_id),
         base_model_id=base.id,
-        parent_version_id=None if parent is None else parent.id,
+        parent_version_id=job.start_version_id,
         job_id=job.id,
         checkpoint_id=UUID(message.checkpoint_id),
         status="ready",

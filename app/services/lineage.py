@@ -13,7 +13,6 @@ from app.domain.decisions import Reading
 from app.domain.lineage import Loss, chain_losses, loss_of, measure_loss
 from app.domain.runplan import BasePlan, BenchmarkPlan
 from app.domain.sensing import SensedBenchmark
-from app.domain.spec import JobSpec
 from app.services.evaluations import baseline_key, row_id, unpack_bytes
 
 MAX_GENERATIONS = 64  # of parents that are followed
@@ -37,11 +36,6 @@ class _Scores(NamedTuple):
     weight: float
     version: BenchmarkVersion
     row: Evaluation
-
-
-def find_parent(session: Session, project_id: UUID, spec: JobSpec) -> ModelVersion | None:
-    """The version that a job continues from; None when it starts from a base model."""
-    return LineageRepository(session).find_version(project_id, spec.request.model)
 
 
 def base_key(base: BaseModel) -> str:
@@ -158,11 +152,13 @@ def _root_scores(
 
 
 def _root_key(repository: LineageRepository, model: ModelVersion, base: BaseModel) -> str:
-    """The baseline that the version's job was read against; its plan knows which template rendered the items."""
-    plan = (repository.run_plan_of(model.job_id) or {}).get("base")
-    if plan is not None:
-        return baseline_key(BasePlan.model_validate(plan))
-    return base_key(base)
+    """The root's baselines; the plan of the version's job knows which template rendered the items."""
+    known = (repository.run_plan_of(model.job_id) or {}).get("base")
+    if known is None:
+        return base_key(base)
+    plan = BasePlan.model_validate(known)
+    # What the job started from may be a version itself, with baselines of its own.
+    return baseline_key(plan.model_copy(update={"sha256": plan.registered_sha256}))
 
 
 def _pair(after: dict[UUID, _Scores], before: dict[UUID, _Scores]) -> list[SensedBenchmark]:

@@ -19,7 +19,6 @@ from app.errors import Conflict, Forbidden
 from app.services.decisions import START
 from app.services.evaluations import row_id
 from app.services.events import add_job_event
-from app.services.lineage import find_parent
 from app.services.registered_models import find_by_reference
 from app.services.storage import Storage
 
@@ -77,6 +76,10 @@ def delete_version(factory: SessionFactory, storage: Storage, project_id: UUID, 
         version = repository.get(project_id, name, for_update=True)
         if repository.is_being_made(version):
             raise Conflict(f"model: '{name}' is still being made.", "model", "model_pending")
+        if repository.is_started_from(version):
+            raise Conflict(
+                f"model: a job that has not ended starts from '{name}'.", "model", "model_in_use"
+            )
         used = [alias for _, alias in DeploymentRepository(session).list_aliases_of([version.id])]
         if used:
             raise Conflict(f"model: {', '.join(used)} points at '{name}'.", "model", "model_in_use")
@@ -103,14 +106,13 @@ def publish_point(
     spec = JobSpec.model_validate(source.spec)
     base = jobs.base_models([source])[source.base_model_id]
     version_id = uuid4()
-    parent = find_parent(session, project_id, spec)
     suffix = body.suffix or source.suffix
     version = ModelVersion(
         id=version_id,
         project_id=project_id,
         name=model_version_name(base.name, jobs.get_project(project_id).name, suffix, version_id),
         base_model_id=base.id,
-        parent_version_id=None if parent is None else parent.id,
+        parent_version_id=source.start_version_id,
         job_id=source.id,
         checkpoint_id=checkpoint_id,
         status="pending",
@@ -130,6 +132,8 @@ def publish_point(
             alpha=body.alpha,
         ).model_dump(mode="json"),
         base_model_id=base.id,
+        start_version_id=source.start_version_id,
+        start_checkpoint_id=source.start_checkpoint_id,
         suffix=suffix,
         seed=source.seed,
         queue=source.queue,

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from sqlalchemy.orm import Session
@@ -26,13 +26,14 @@ from app.domain.runplan import (
 )
 from app.domain.spec import ExportSpec, JobSpec
 from app.domain.states import JobKind
-from app.errors import TrainingFailed
+from app.errors import NotFound, TrainingFailed
 from app.services.checkpoints import choose_resume
 from app.services.decisions import RUN, in_force
 from app.services.engine import hold
 from app.services.evaluations import find_baseline
 from app.services.named_models import list_stored_models
 from app.services.progress import list_new_orders
+from app.services.start import plan_start, start_of
 from app.services.watched import Watched, plan_benchmark, resolve_pinned
 from app.settings import Settings
 
@@ -68,6 +69,17 @@ class Prepared:
     inputs: tuple[Input, ...]
     state: SavedState | None  # what is resumed from, or exported
     order_version: int  # of the last outside order that the plan knows
+    starts: tuple[
+        SavedState, ...
+    ] = ()  # other jobs' checkpoints that the starting model is made of
+
+
+class StartInput(NamedTuple):
+    """A job's starting model, and what is brought for it."""
+
+    plan: BasePlan
+    inputs: tuple[Input, ...]
+    states: tuple[SavedState, ...]  # checkpoints of other jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +134,8 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
     """A fine-tuning attempt; what an earlier attempt settled (interval, items, threads, ranks) stays."""
     spec = JobSpec.model_validate(job.spec)
     earlier = job.run_plan or {}
-    base, base_files = base_input(session, job, scratch)
-    inputs = [base_files]
+    base, base_files, starts = start_input(session, job, scratch)
+    inputs = [*base_files]
     rows = {
         name: _rows(session, file_id, name, scratch, inputs)
         for name, file_id in (
@@ -168,7 +180,7 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
     )
     job.run_plan = without_baselines(plan.model_dump(mode="json"))
     session.flush()
-    return Prepared(plan, tuple(inputs), _state(checkpoint, scratch), job.order_version)
+    return Prepared(plan, tuple(inputs), _state(checkpoint, scratch), job.order_version, starts)
 
 
 def build_export_plan(session: Session, job: Job, settings: Settings, scratch: Scratch) -> Prepared:
@@ -178,8 +190,8 @@ def build_export_plan(session: Session, job: Job, settings: Settings, scratch: S
     checkpoint = session.get_one(Checkpoint, parse_id("checkpoint", spec.checkpoint_id))
     if checkpoint.deleted_at is not None or checkpoint.corrupt:
         raise TrainingFailed("The checkpoint to export is gone.", code="no_valid_checkpoint")
-    base, base_files = base_input(session, job, scratch)
-    inputs = [base_files]
+    base, base_files, starts = start_input(session, job, scratch)
+    inputs = [*base_files]
     source_spec = JobSpec.model_validate(source.spec)
     plan = ExportPlan(
         job_id=public_id("export", job.id),
@@ -197,7 +209,7 @@ def build_export_plan(session: Session, job: Job, settings: Settings, scratch: S
     )
     job.run_plan = without_baselines(plan.model_dump(mode="json"))
     session.flush()
-    return Prepared(plan, tuple(inputs), _state(checkpoint, scratch), job.order_version)
+    return Prepared(plan, tuple(inputs), _state(checkpoint, scratch), job.order_version, starts)
 
 
 def choose_threads(session: Session, job: Job, settings: Settings) -> int:
@@ -215,17 +227,35 @@ def find_state(session: Session, path: str, scratch: Scratch) -> SavedState | No
     return _state(CheckpointRepository(session).find_path(scratch.job_id, path), scratch)
 
 
-def base_input(session: Session, job: Job, scratch: Scratch) -> tuple[BasePlan, Input]:
-    """The job's base model, as its plan names it and as it is brought."""
-    row = session.get_one(BaseModel, job.base_model_id)
-    local = scratch.input(row.sha256)
-    plan = BasePlan(
-        name=row.name,
-        directory=str(local),
-        sha256=row.sha256,
-        default_template=not row.has_chat_template,
+def start_input(session: Session, job: Job, scratch: Scratch) -> StartInput:
+    """Where the job starts, as its plan names it and as it is brought.
+
+    Raises:
+        TrainingFailed: A version or checkpoint that it starts from is gone.
+    """
+    start = start_of(session, job)
+    try:
+        plan, parts = plan_start(session, start.base, start.version, start.checkpoint)
+    except NotFound as error:
+        raise TrainingFailed(error.message, "model", error.code) from error
+    local = [scratch.input(part.sha256) for part in parts]
+    layers = [
+        layer.model_copy(update={"directory": str(path)})
+        for layer, path in zip(plan.layers, local[1:], strict=True)
+    ]
+    return StartInput(
+        plan.model_copy(update={"directory": str(local[0]), "layers": tuple(layers)}),
+        tuple(
+            Input(part.path, path, part.sha256, is_directory=True)
+            for part, path in zip(parts, local, strict=True)
+            if part.checkpoint_id is None
+        ),
+        tuple(
+            SavedState(part.checkpoint_id, part.path, path, part.sha256)
+            for part, path in zip(parts, local, strict=True)
+            if part.checkpoint_id is not None
+        ),
     )
-    return plan, Input(row.path, local, row.sha256, is_directory=True)
 
 
 def _rows(

@@ -10,19 +10,16 @@ from sqlalchemy import func
 from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, File, Job, Project
-from app.db.repositories.catalog import CatalogRepository
 from app.db.repositories.files import FileRepository
 from app.db.repositories.history import HistoryRepository
 from app.db.repositories.project_jobs import ProjectJobRepository
 from app.domain.benchmarks import DEFAULT_GATE_ITEMS
-from app.domain.configs.base import CAUSAL_LM
 from app.domain.conflicts import Surroundings, check_conflicts
 from app.domain.data_checks import DataFinding
 from app.domain.identifiers import parse_id
 from app.domain.methods import GENERAL_DATA, check_formats, check_stages, is_preference
 from app.domain.policy import VALID_LOSS, Policy
 from app.domain.power import PlannedBenchmark, Power, power
-from app.domain.runplan import BasePlan
 from app.domain.spec import CreateJob, JobSpec
 from app.domain.staging import resolve_stages, stage_files
 from app.domain.states import JobKind, JobState
@@ -37,8 +34,9 @@ from app.services.data_checks import check_data
 from app.services.evaluations import baseline_key, unpack_bytes
 from app.services.events import add_job_event, add_transition
 from app.services.files import FINE_TUNE, PROCESSED
-from app.services.named_models import check_named_models, model_kind
+from app.services.named_models import check_named_models
 from app.services.quotas import check_queue
+from app.services.start import Start, check_start, find_start, start_of
 from app.services.submit_warnings import warn_of_floors, warn_of_spec
 from app.services.watched import Watched, pin_metric, required_policy, resolve_watched, tighten
 
@@ -77,7 +75,7 @@ class JobFiles:
 class ResolvedJob(NamedTuple):
     """A request with all that it leaves open, before anything is written."""
 
-    base: BaseModel
+    start: Start
     files: JobFiles
     spec: JobSpec
     watched: tuple[Watched, ...]
@@ -111,9 +109,10 @@ def submit_job(
     jobs = ProjectJobRepository(session)
     project = jobs.get_project(project_id)
     check_queue(session, project_id, max_queued)
-    base, files, spec, watched, chosen = resolve_job(session, project, body)
+    start, files, spec, watched, chosen = resolve_job(session, project, body)
+    base = start.base
     warnings = [*warn_of_spec(spec, watched, chosen), *found_before]
-    found = _estimate_power(session, base, spec.policy, watched)
+    found = _estimate_power(session, start, spec.policy, watched)
     if found is not None:
         warnings += warn_of_floors(found)
     job = Job(
@@ -130,6 +129,8 @@ def submit_job(
         ).model_dump(mode="json"),
         power=None if found is None else found.model_dump(mode="json"),
         base_model_id=base.id,
+        start_version_id=None if start.version is None else start.version.id,
+        start_checkpoint_id=None if start.checkpoint is None else start.checkpoint.id,
         training_file_id=files.training.id,
         validation_file_id=None if files.validation is None else files.validation.id,
         general_file_id=None if files.general is None else files.general.id,
@@ -161,10 +162,10 @@ def resolve_job(session: Session, project: Project, body: CreateJob) -> Resolved
             "retention",
             "retention_mandatory",
         )
-    base = _find_base(session, body.model)
-    files = _find_files(session, project.id, base, body)
-    spec, watched, chosen = _resolve(session, project, base, files, body)
-    return ResolvedJob(base, files, spec, watched, chosen)
+    start = find_start(session, project.id, body.model)
+    files = _find_files(session, project.id, start.base, body)
+    spec, watched, chosen = _resolve(session, project, start, files, body)
+    return ResolvedJob(start, files, spec, watched, chosen)
 
 
 def settle_validation(session: Session, job: Job) -> bool:
@@ -178,13 +179,13 @@ def settle_validation(session: Session, job: Job) -> bool:
         False while a file is still being checked.
     """
     spec = JobSpec.model_validate(job.spec)
-    base = session.get_one(BaseModel, job.base_model_id)
+    start = start_of(session, job)
     try:
-        files = _find_files(session, job.project_id, base, spec.request)
+        files = _find_files(session, job.project_id, start.base, spec.request)
         if not files.is_checked:
             return False
         project = ProjectJobRepository(session).get_project(job.project_id)
-        spec, _, _ = _resolve(session, project, base, files, spec.request, seed=job.seed)
+        spec, _, _ = _resolve(session, project, start, files, spec.request, seed=job.seed)
     except (BadRequest, NotFound) as error:
         job.error = {"code": error.code, "message": error.message, "param": error.param}
         job.finished_at = func.clock_timestamp()
@@ -199,25 +200,6 @@ def settle_validation(session: Session, job: Job) -> bool:
     add_transition(session, job, JobState.QUEUED, "The files are valid; the job is queued.")
     ProjectJobRepository(session).ring_later(job)
     return True
-
-
-def _find_base(session: Session, name: str) -> BaseModel:
-    base = CatalogRepository(session).find_model(name)
-    if base is not None:
-        if model_kind(base) != CAUSAL_LM:
-            raise BadRequest(
-                f"model: '{name[:80]}' is of kind {model_kind(base)}; jobs train models of kind {CAUSAL_LM}.",
-                "model",
-                "model_not_supported",
-            )
-        return base
-    if name.startswith("ft:") or "@" in name:
-        raise BadRequest(
-            f"model: '{name[:80]}' is no base model, and this server starts jobs from base models.",
-            "model",
-            "model_not_supported",
-        )
-    raise NotFound(f"model: no base model is called '{name[:80]}'.", "model", "model_not_found")
 
 
 def _find_files(session: Session, project_id: UUID, base: BaseModel, body: CreateJob) -> JobFiles:
@@ -263,13 +245,14 @@ def _find_rows(session: Session, project_id: UUID, text: str, param: str) -> Fil
 def _resolve(
     session: Session,
     project: Project,
-    base: BaseModel,
+    start: Start,
     files: JobFiles,
     body: CreateJob,
     *,
     seed: int | None = None,
 ) -> tuple[JobSpec, tuple[Watched, ...], ResolvedStrategies]:
     """The spec, what it watches, and what was chosen for it."""
+    base = start.base
     check_stages(body)
     check_formats(body, files.formats(body))
     training = resolve_training(
@@ -287,6 +270,7 @@ def _resolve(
         is_roadmap=body.preset == "roadmap",
     )
     check_named_models(session, project.id, chosen.strategies)
+    check_start(start, chosen.strategies)
     rows = {text: _num_rows(file) for text, file in files.stages.items()}
     staged = resolve_stages(
         body,
@@ -315,6 +299,7 @@ def _resolve(
         policy=policy,
         stages=staged.stages,
         student=staged.student,
+        start=start.name,
     )
     return spec, watched, chosen
 
@@ -352,18 +337,12 @@ def _num_rows(file: File) -> int:
 
 
 def _estimate_power(
-    session: Session, base: BaseModel, policy: Policy | None, watched: tuple[Watched, ...]
+    session: Session, start: Start, policy: Policy | None, watched: tuple[Watched, ...]
 ) -> Power | None:
     """What the sensor can see, from cached baselines where there are any; None where nothing is watched."""
     if policy is None:
         return None
-    plan = BasePlan(
-        name=base.name,
-        directory="",
-        sha256=base.sha256,
-        default_template=not base.has_chat_template,
-    )
-    key = baseline_key(plan)
+    key = baseline_key(start.plan(session))
     history = HistoryRepository(session)
     planned = []
     for found in watched:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -11,6 +10,7 @@ from torch import nn
 
 from app.domain.digests import file_sha256, list_files
 from app.errors import TrainingFailed
+from workers.export.adapter_files import write_adapter
 from workers.export.bottleneck import BottleneckModel, save_bottlenecks
 from workers.export.merge import active_adapters, changes_something, merged_weights
 
@@ -118,22 +118,8 @@ def _save_adapters(directory: Path, model: Any, base_model: str | None) -> None:
     if len(model.peft_config) > 1:
         for name in model.peft_config:
             if name == root or changes_something(model, name):
-                _save_adapter(directory / name, model, name, base_model)
-    _save_adapter(directory, model, root, base_model)
-
-
-def _save_adapter(directory: Path, model: Any, name: str, base_model: str | None) -> None:  # noqa: ANN401
-    """The peft layout, without the model card, and naming the base model instead of its path here."""
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".adapter-") as scratch:
-        model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
-        written = Path(scratch) if name == "default" else Path(scratch) / name
-        directory.mkdir(exist_ok=True)
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.move(written / file, directory / file)
-    path = directory / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = base_model
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+                write_adapter(directory / name, model, name, base_model)
+    write_adapter(directory, model, root, base_model)
 
 
 def _save_tokenizer(directory: Path, tokenizer: Any, chat_template: str | None) -> None:  # noqa: ANN401

@@ -20,7 +20,7 @@ from app.services.runs import Prepared, Scratch
 from app.services.storage import Storage
 from app.settings import Settings
 from workers.supervisor.channel import BrokenTalk, Channel
-from workers.supervisor.inputs import CheckpointDamaged, fetch_input
+from workers.supervisor.inputs import CheckpointDamaged, fetch_input, fetch_state
 from workers.supervisor.lease import Holding, Lease
 from workers.supervisor.ledger import GivenUp, Ledger
 from workers.supervisor.process import TrainerProcess
@@ -139,6 +139,12 @@ class Attempt:
             for item in prepared.inputs:
                 self._lease.check()
                 fetch_input(self._storage, item)
+            for start in prepared.starts:
+                self._lease.check()
+                try:
+                    fetch_state(self._storage, start)
+                except (CheckpointDamaged, NotFound) as error:
+                    raise TrainingFailed(str(error), "model", "no_valid_checkpoint") from error
             if prepared.state is not None:
                 try:
                     self._recorder.bring(prepared.state)

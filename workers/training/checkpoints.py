@@ -15,16 +15,18 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.domain.decisions import ControllerState
 from app.domain.messages import Carry, StepMetrics
 from app.errors import TrainingFailed
 from workers.training.loop import Run
+from workers.training.snapshots import Snapshot, take_snapshot
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL_WORDS = ("No space left", "quota exceeded", "File too large")  # of errors without a number
 SPACE_FACTOR = 2.2  # of the last checkpoint's size must be free before the next is begun
 
 
@@ -42,9 +44,7 @@ class Saved:
 
 
 def save_checkpoint(run: Run, scratch: Path, attempt: int, *, last_size: int = 0) -> Saved:
-    """Writes `<scratch>/checkpoints/a<attempt>/b<branch>/step-<step>`.
-
-    Everything goes to a temporary directory first: files, fsync, manifest, fsync, then one rename.
+    """Writes a run's state as it is; see `write_checkpoint`.
 
     Args:
         run: Between two steps.
@@ -55,15 +55,35 @@ def save_checkpoint(run: Run, scratch: Path, attempt: int, *, last_size: int = 0
     Raises:
         DiskFull: There is no room; what was begun has been removed.
     """
-    parent = scratch / "checkpoints" / f"a{attempt}" / f"b{run.branch}"
-    final = parent / f"step-{run.step}"
-    temporary = parent / f".tmp-{run.step}-{uuid.uuid4().hex}"
+    snapshot = take_snapshot(run, make_carry(run), is_copy=False)
+    return write_checkpoint(snapshot, scratch, attempt, last_size=last_size)
+
+
+def write_checkpoint(
+    snapshot: Snapshot, scratch: Path, attempt: int, *, last_size: int = 0
+) -> Saved:
+    """Writes `<scratch>/checkpoints/a<attempt>/b<branch>/step-<step>`.
+
+    Everything goes to a temporary directory first: files, fsync, manifest, fsync, then one rename.
+
+    Args:
+        snapshot: Of a run between two steps.
+        scratch: The job's scratch directory.
+        attempt: Of the job; scopes the path.
+        last_size: Bytes of the checkpoint before, for the check of free space.
+
+    Raises:
+        DiskFull: There is no room; what was begun has been removed.
+    """
+    parent = scratch / "checkpoints" / f"a{attempt}" / f"b{snapshot.branch}"
+    final = parent / f"step-{snapshot.step}"
+    temporary = parent / f".tmp-{snapshot.step}-{uuid.uuid4().hex}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(parent).free < SPACE_FACTOR * last_size:
             raise DiskFull
         temporary.mkdir()
-        saved = _write(run, temporary)
+        saved = _write(snapshot, temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _fsync(parent)
@@ -74,7 +94,7 @@ def save_checkpoint(run: Run, scratch: Path, attempt: int, *, last_size: int = 0
         raise
     except safetensors.SafetensorError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if any(word in str(error) for word in ("No space left", "quota exceeded", "os error 28")):
+        if any(word in str(error) for word in FULL_WORDS):
             raise DiskFull from error
         raise
     return Saved(final, *saved)
@@ -123,6 +143,23 @@ def load_weights(directory: Path, device: torch.device) -> dict[str, Tensor]:
     """A checkpoint's trained parameters by name, verified."""
     verify_checkpoint(directory)
     return _load_tensors(directory / "model.safetensors", device)
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, directory: Path) -> dict[str, nn.Parameter]:
+    """Gives a model what a checkpoint saved; what is trained in it, by name.
+
+    Raises:
+        TrainingFailed: The checkpoint is torn, or of another model (`bad_checkpoint`).
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(model.parameters()).device
+    saved = load_weights(directory, device)
+    if saved.keys() != params.keys() or any(saved[n].shape != p.shape for n, p in params.items()):
+        raise TrainingFailed("The checkpoint does not fit the base model.", code="bad_checkpoint")
+    for name, parameter in params.items():
+        parameter.copy_(saved[name])
+    return params
 
 
 def verify_checkpoint(directory: Path) -> None:
@@ -180,33 +217,20 @@ def set_carry(run: Run, carry: Carry) -> None:
             torch.cuda.set_rng_state(state, run.ctx.device)
 
 
-def _write(run: Run, directory: Path) -> tuple[str, int]:
-    strategies = {strategy.kind: dict(strategy.state_dict()) for strategy in run.strategies}
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        "model": run.all_params,
-        "optimizer": _optimizer_tensors(run),
-    }
-    for kind, state in strategies.items():
-        tensors[f"strategy-{kind}"] = state.pop("tensors")
-    for name, content in tensors.items():
-        plain = {k: v.detach().cpu().contiguous() for k, v in content.items()}
-        safetensors.torch.save_file(plain, directory / f"{name}.safetensors")
+def _write(snapshot: Snapshot, directory: Path) -> tuple[str, int]:
+    for name, content in snapshot.tensors.items():
+        safetensors.torch.save_file(dict(content), directory / f"{name}.safetensors")
     state = {
-        "step": run.step,
-        "branch": run.branch,
-        "task_index": run.ctx.task_index,
-        "controller": run.controller.model_dump(mode="json"),
-        "carry": make_carry(run).model_dump(mode="json"),
-        "not_finite_in_a_row": run.not_finite_in_a_row,
-        "history": [row.model_dump(mode="json") for row in run.history],
-        "strategies": strategies,
+        **snapshot.state,
+        "carry": snapshot.carry.model_dump(mode="json"),
+        "history": [row.model_dump(mode="json") for row in snapshot.history],
     }
     (directory / "state.json").write_text(json.dumps(state))
     files = sorted(path for path in directory.iterdir())
     manifest = {
         "format": FORMAT,
-        "step": run.step,
-        "branch": run.branch,
+        "step": snapshot.step,
+        "branch": snapshot.branch,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "files": {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files},
     }
@@ -218,15 +242,6 @@ def _write(run: Run, directory: Path) -> tuple[str, int]:
     _fsync(directory)
     size = sum(p.stat().st_size for p in directory.iterdir())
     return hashlib.sha256(text.encode()).hexdigest(), size
-
-
-def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
-    """Moments by parameter name; empty before the first step."""
-    tensors = {}
-    for name, parameter in run.ctx.params.items():
-        for key, value in run.optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value
-    return tensors
 
 
 def _load_weights(run: Run, weights: Mapping[str, Tensor]) -> None:

@@ -11,12 +11,12 @@ from torch import nn
 from app.domain.messages import ExportFinished
 from app.domain.policy import Policy
 from app.domain.runplan import ExportPlan, RunPlan
-from app.errors import TrainingFailed
-from workers.export.artifact import save_artifact
+from workers.export.adapter_files import join_adapters
+from workers.export.artifact import ArtifactKind, save_artifact
 from workers.strategies.context import Context
 from workers.training.adapters import adapt, adapter_names, find_config, show_adapters
 from workers.training.blend import line_from_base
-from workers.training.checkpoints import load_weights
+from workers.training.checkpoints import set_weights
 from workers.training.conversation import Conversation
 from workers.training.forward import SelectedLogits
 from workers.training.models import autocast_type, load_base, load_tokenizer
@@ -35,13 +35,7 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
     model = load_base(plan.base, device, torch.float32)
     is_lora = plan.training.type == "lora"
     model = adapt(model, plan.training, plan.strategies, plan.stage_names)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved = load_weights(Path(plan.checkpoint_directory), device)
-    if saved.keys() != params.keys() or any(saved[n].shape != p.shape for n, p in params.items()):
-        raise TrainingFailed("The checkpoint does not fit the base model.", code="bad_checkpoint")
-    with torch.no_grad():
-        for name, parameter in params.items():
-            parameter.copy_(saved[name])
+    params = set_weights(model, Path(plan.checkpoint_directory))
     _settle_adapters(plan, model, device)
     line_from_base(model, params, plan.base, is_lora=is_lora).set(plan.alpha)
     tokenizer = load_tokenizer(plan.base)
@@ -61,7 +55,7 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
         ExportFinished(
             id=talk.next_id(),
             artifact_directory=str(directory),
-            artifact_kind="adapter" if is_lora else "full",
+            artifact_kind=artifact_kind(plan),
             report=report,
         )
     )
@@ -92,6 +86,11 @@ def _settle_adapters(plan: ExportPlan, model: nn.Module, device: torch.device) -
     strategy.on_publish(ctx)
 
 
+def artifact_kind(plan: RunPlan | ExportPlan) -> ArtifactKind:
+    """Adapters where they are told relative to the registered base model; whole weights over other weights."""
+    return "adapter" if plan.training.type == "lora" and plan.base.takes_adapters else "full"
+
+
 def write_artifact(
     plan: RunPlan | ExportPlan,
     model: nn.Module,
@@ -102,18 +101,28 @@ def write_artifact(
     extras: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the weights as they stand, with where they came from and what is published beside them."""
+    kind = artifact_kind(plan)
+
+    def beside(partial: Path) -> None:
+        if (
+            kind == "adapter" and plan.base.layers
+        ):  # which lie in the weights that the run started from
+            join_adapters(partial, [Path(layer.directory) for layer in plan.base.layers])
+        if extras is not None:
+            extras(partial)
+
     save_artifact(
         directory,
         model,
         tokenizer,
-        kind="adapter" if plan.training.type == "lora" else "full",
+        kind=kind,
         provenance={
             "alpha": alpha,
             "job": plan.job_id,
             "base_model": plan.base.name,
-            "base_sha256": plan.base.sha256,
+            "base_sha256": plan.base.registered_sha256,
             "template": "built-in" if plan.base.default_template else "base",
         },
         chat_template=chat_template(plan.base),
-        extras=extras,
+        extras=beside,
     )

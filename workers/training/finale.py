@@ -14,7 +14,7 @@ from app.domain.sensing import holds, read_report
 from app.domain.spec import ResolvedStudent
 from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import load_checkpoint
-from workers.training.exporting import write_artifact
+from workers.training.exporting import artifact_kind, write_artifact
 from workers.training.session import Session
 from workers.training.shifting import report_shift
 from workers.training.student import distil_student
@@ -37,7 +37,6 @@ class Point:
 def finish(session: Session, reply: DecisionReply) -> None:
     """Publishes what the last decision named, or says why nothing can be published."""
     run, talk, target = session.run, session.talk, reply.publish
-    kind: Literal["adapter", "full"] = "adapter" if run.training.type == "lora" else "full"
     result_csv = session.scratch / "result.csv"
     if run.ranks.is_speaker:
         write_result(session, result_csv)
@@ -50,7 +49,7 @@ def finish(session: Session, reply: DecisionReply) -> None:
             id=talk.next_id(),
             checkpoint_id="" if target is None else target.checkpoint_id,
             artifact_directory=outcome.artifact_directory,
-            artifact_kind=kind,
+            artifact_kind=artifact_kind(session.plan),
             alpha=outcome.alpha,
             report=outcome.report,
             tuned_report=outcome.tuned_report,

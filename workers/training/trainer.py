@@ -56,6 +56,7 @@ def run_plan(plan: Plan, socket_path: str) -> int:
     from workers.training.models import choose_device
     from workers.training.process import prepare_torch
     from workers.training.ranks import Ranks
+    from workers.training.start import write_start
 
     prepare_torch(plan.threads)
     device = choose_device()
@@ -63,6 +64,9 @@ def run_plan(plan: Plan, socket_path: str) -> int:
     talk = Conversation(Line(socket_path) if ranks.is_speaker else None, ranks)
     code = EXIT_DONE
     try:
+        if plan.base.layers:
+            start = write_start(plan.base, Path(plan.scratch_directory) / "start", ranks)
+            plan = plan.model_copy(update={"base": start})
         if isinstance(plan, ExportPlan):
             export(plan, talk, ranks, device)
         elif isinstance(plan, EvaluationPlan):

@@ -114,6 +114,7 @@ class JobObject(Identified):
     attempt: int
     branch: int
     stop_requested: str | None
+    rerun_of: str | None
     started_at: int | None
 
 
@@ -164,7 +165,7 @@ def show_job(shown: ShownJob) -> JobObject:
     return JobObject(
         id=public_id("job", job.id),
         created_at=unix(job.created_at),
-        model=shown.base.name,
+        model=spec.start or shown.base.name,
         organization_id=public_id("project", job.project_id),
         status=job.state.value,
         training_file=spec.request.training_file,
@@ -199,6 +200,7 @@ def show_job(shown: ShownJob) -> JobObject:
         attempt=job.attempt,
         branch=job.branch,
         stop_requested=None if job.stop_requested is None else job.stop_requested.value,
+        rerun_of=None if job.rerun_of_id is None else public_id("job", job.rerun_of_id),
         started_at=unix_or_none(job.started_at),
     )
 

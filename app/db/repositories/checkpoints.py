@@ -58,6 +58,15 @@ class CheckpointRepository:
             .order_by(Checkpoint.branch.desc(), Checkpoint.step.desc(), Checkpoint.attempt.desc())
         ).all()
 
+    def find_usable_at(self, job_id: UUID, step: int) -> Checkpoint | None:
+        """What a job saved at a step and keeps, of its newest branch and attempt."""
+        return self._session.scalar(
+            select(Checkpoint)
+            .where(*usable(job_id), Checkpoint.step == step)
+            .order_by(Checkpoint.branch.desc(), Checkpoint.attempt.desc())
+            .limit(1)
+        )
+
     def list_kept(self, job_id: UUID) -> Sequence[Checkpoint]:
         """Every checkpoint whose files are still there."""
         return self._session.scalars(
@@ -72,10 +81,15 @@ class CheckpointRepository:
         )
 
     def list_pinned(self, job_id: UUID) -> set[UUID]:
-        """Checkpoints that a rollback went to or a model version was made of."""
+        """Checkpoints that a rollback went to, a model version was made of, or an unended job starts from."""
         targets = select(DecisionRow.target_checkpoint_id).where(DecisionRow.job_id == job_id)
         published = select(ModelVersion.checkpoint_id).where(ModelVersion.job_id == job_id)
-        found = self._session.scalars(targets.union(published))
+        starts = (
+            select(Job.start_checkpoint_id)
+            .join(Checkpoint, Checkpoint.id == Job.start_checkpoint_id)
+            .where(Checkpoint.job_id == job_id, Job.finished_at.is_(None))
+        )
+        found = self._session.scalars(targets.union(published, starts))
         return {checkpoint_id for checkpoint_id in found if checkpoint_id is not None}
 
     def list_retried_jobs(self, *, days: float) -> Sequence[tuple[UUID, int]]:

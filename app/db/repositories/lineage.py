@@ -18,14 +18,6 @@ class LineageRepository:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def find_version(self, project_id: UUID, name: str) -> ModelVersion | None:
-        """The project's version of this name, a deleted one too: its children still come from it."""
-        return self._session.scalar(
-            select(ModelVersion).where(
-                ModelVersion.project_id == project_id, ModelVersion.name == name
-            )
-        )
-
     def find_live(self, project_id: UUID, names: Collection[str]) -> dict[str, ModelVersion]:
         """The project's versions of these names that are not deleted."""
         found = self._session.scalars(

@@ -1,5 +1,7 @@
 """Queries on published model versions."""
 
+import re
+from typing import Final
 from uuid import UUID
 
 from sqlalchemy import func, select
@@ -8,6 +10,8 @@ from sqlalchemy.orm import Session
 from app.db.models import BaseModel, Job, ModelVersion
 from app.domain.states import JobKind
 from app.errors import NotFound
+
+_EIGHT_DIGITS: Final = re.compile(r"[0-9a-f]{8}")
 
 
 class RegistryRepository:
@@ -37,6 +41,38 @@ class RegistryRepository:
         if found is None:
             raise NotFound(f"No model is called '{name[:200]}'.", "model", "model_not_found")
         return found
+
+    def find_job_of(self, project_id: UUID, name: str) -> Job | None:
+        """The job that published the version of this name, deleted or not."""
+        return self._session.scalar(
+            select(Job)
+            .join(ModelVersion, ModelVersion.id == Job.model_version_id)
+            .where(
+                Job.project_id == project_id,
+                Job.kind == JobKind.FINE_TUNING,
+                ModelVersion.name == name,
+            )
+        )
+
+    def list_jobs_like(self, project_id: UUID, digits: str) -> list[Job]:
+        """The project's fine-tuning jobs whose ids begin with these 8 hex digits; none for other texts."""
+        if _EIGHT_DIGITS.fullmatch(digits) is None:
+            return []
+        first, last = UUID(hex=digits + "0" * 24), UUID(hex=digits + "f" * 24)
+        return list(
+            self._session.scalars(
+                select(Job).where(
+                    Job.id.between(first, last),
+                    Job.project_id == project_id,
+                    Job.kind == JobKind.FINE_TUNING,
+                )
+            )
+        )
+
+    def is_started_from(self, version: ModelVersion) -> bool:
+        """Whether a job that has not ended starts from this version."""
+        query = select(Job.id).where(Job.start_version_id == version.id, Job.finished_at.is_(None))
+        return self._session.scalar(query.limit(1)) is not None
 
     def list_all(self, project_id: UUID) -> list[ModelVersion]:
         """Every version, newest first."""
