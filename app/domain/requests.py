@@ -32,6 +32,15 @@ class PublishPoint(Frozen):
     )  # None: the job's
 
 
+class RerunJob(Frozen):
+    """`POST /v1/fine_tuning/jobs/{id}/rerun`; every field may be left out, the body too."""
+
+    from_checkpoint: str | None = Field(default=None, max_length=64)  # None: from the job's start
+    metadata: (
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
+    ) = Field(default=None, max_length=16)  # left out: the job's
+
+
 class CreateWebhookEndpoint(Frozen):
     """`POST /v1/webhook_endpoints`."""
 

@@ -33,13 +33,14 @@ from app.api.waits import Prefer, Wait, Waiter, answer, wished_wait
 from app.db.models import Job
 from app.db.session import transaction
 from app.domain.identifiers import parse_id, public_id
-from app.domain.requests import PublishPoint
+from app.domain.requests import PublishPoint, RerunJob
 from app.domain.scopes import Caller
 from app.domain.spec import CreateJob
 from app.services import control, jobs, registry
 from app.services.contamination import find_contamination
 from app.services.data_checks import find_leaks
 from app.services.quotas import check_storage, standard_quotas
+from app.services.reruns import plan_rerun
 from app.services.submission import submit_job
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -55,26 +56,7 @@ def create_job(
     again = writer.replay(caller, body)
     if again is not None:
         return again
-    limit, quotas = resources.settings.max_queued_jobs, standard_quotas(resources.settings)
-    overlaps = find_contamination(
-        resources.session_factory, resources.storage, caller.project_id, body
-    )
-
-    leaks = find_leaks(resources.session_factory, resources.storage, caller.project_id, body)
-
-    def work(session: Session) -> JobObject:
-        check_storage(session, caller.project_id, quotas, added_bytes=0)
-        job = submit_job(
-            session,
-            caller.project_id,
-            body,
-            max_queued=limit,
-            found_before=overlaps,
-            leaks=leaks,
-        )
-        return show_job(jobs.show_jobs(session, [job])[0])
-
-    return writer.run(caller, body, work)
+    return writer.run(caller, body, _submission(resources, caller, body))
 
 
 @router.get("")
@@ -126,6 +108,25 @@ async def retrieve_job(
         waiter = Waiter(resources.room, request, caller, key, seconds)
         job = await waiter.until(first, read, lambda now: now.status != status)
     return answer(job, applied)
+
+
+@router.post("/{fine_tuning_job_id}/rerun", response_model=JobObject)
+def rerun_job(
+    fine_tuning_job_id: str,
+    caller: JobsWriter,
+    writer: WriterDep,
+    resources: ResourcesDep,
+    body: RerunJob | None = None,
+) -> Response:
+    """Submits an ended job again: the same request and seed, from the same start or from one of its checkpoints."""
+    wish = body or RerunJob()
+    again = writer.replay(caller, wish)
+    if again is not None:
+        return again
+    key = parse_id("job", fine_tuning_job_id, param=ID)
+    with transaction(resources.session_factory) as session:
+        request = plan_rerun(session, caller.project_id, key, wish)
+    return writer.run(caller, wish, _submission(resources, caller, request, rerun_of=key))
 
 
 @router.post("/{fine_tuning_job_id}/cancel", response_model=JobObject)
@@ -250,3 +251,28 @@ def _change(job_id: str, caller: Caller, writer: WriterDep, change: Callable[...
         return show_job(jobs.show_jobs(session, [job])[0])
 
     return writer.run(caller, None, work)
+
+
+def _submission(
+    resources: Resources, caller: Caller, body: CreateJob, *, rerun_of: UUID | None = None
+) -> Callable[[Session], JobObject]:
+    """What submits a request in a transaction; what takes reading files has been read before it."""
+    limit, quotas = resources.settings.max_queued_jobs, standard_quotas(resources.settings)
+    factory, storage, project_id = resources.session_factory, resources.storage, caller.project_id
+    overlaps = find_contamination(factory, storage, project_id, body)
+    leaks = find_leaks(factory, storage, project_id, body)
+
+    def work(session: Session) -> JobObject:
+        check_storage(session, project_id, quotas, added_bytes=0)
+        job = submit_job(
+            session,
+            project_id,
+            body,
+            max_queued=limit,
+            found_before=overlaps,
+            leaks=leaks,
+        )
+        job.rerun_of_id = rerun_of
+        return show_job(jobs.show_jobs(session, [job])[0])
+
+    return work
