@@ -29,6 +29,7 @@ from app.api.routes import (
     results,
     runs,
     uploads,
+    webhook_deliveries,
     webhooks,
 )
 from app.db.session import SessionFactory, build_engine, build_session_factory
@@ -98,6 +99,7 @@ def create_app(
         runs,
         decisions,
         webhooks,
+        webhook_deliveries,
         keys,
         projects,
         health,

@@ -1,6 +1,7 @@
 """One POST to a receiver that may be hostile: checked addresses, hard limits, nothing followed or decoded."""
 
 import asyncio
+import functools
 import ipaddress
 import socket
 import ssl
@@ -14,10 +15,18 @@ from app.domain.addresses import is_public_address
 
 CONNECT_SECONDS = 3.0
 TOTAL_SECONDS = 15.0
+IDLE_SECONDS = 2.0
+MAX_IDLE = 100
 MAX_READ_BYTES = 16 * 1024
 MAX_KEPT_BYTES = 2 * 1024
 
 Resolver = Callable[[str, int], Awaitable[list[str]]]
+
+
+@functools.cache
+def _default_context() -> ssl.SSLContext:
+    """Certificates are checked against the system's roots; reading those takes a while."""
+    return ssl.create_default_context()
 
 
 class AddressRefused(Exception):
@@ -115,11 +124,15 @@ class WebhookClient:
         ssl_context: ssl.SSLContext | None = None,
         total_seconds: float = TOTAL_SECONDS,
     ) -> None:
+        self.allow_private = allow_private
         self._total_seconds = total_seconds
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context or ssl.create_default_context(),
+            ssl_context=ssl_context or _default_context(),
             max_connections=None,
-            max_keepalive_connections=0,  # every try resolves and checks anew
+            # An open connection leads where it was checked to lead; a new one resolves and checks anew.
+            # Receivers close idle ones after 5 s at the earliest, as their servers come: it is we who do.
+            max_keepalive_connections=MAX_IDLE,
+            keepalive_expiry=IDLE_SECONDS,
             network_backend=GuardedBackend(allow_private=allow_private, resolver=resolver),
         )
 

@@ -2,54 +2,48 @@
 
 import asyncio
 import contextlib
-import email.utils
-import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Final, TypeVar
 from uuid import UUID
 
-import orjson
 import structlog
 from cryptography.fernet import MultiFernet
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from app.control.webhook_http import Reply, WebhookClient
-from app.db.repositories.webhooks import (
-    ClaimedDelivery,
-    WebhookDeliveryRepository,
-    WebhookEndpointRepository,
+from app.control.webhook_lanes import (
+    LEAST_SECONDS,
+    MAX_HELD,
+    MAX_IN_FLIGHT,
+    PER_ENDPOINT,
+    Claim,
+    Lanes,
 )
+from app.control.webhook_results import GONE, record_results
+from app.db.repositories.webhook_deliveries import ClaimedDelivery, WebhookDeliveryRepository
 from app.db.session import SessionFactory, transaction
 from app.domain.identifiers import public_id
 from app.errors import Unavailable
 from app.services.ciphers import load_cipher
-from app.services.webhooks import decrypt_secret, emit_event, sign
+from app.services.webhook_signing import decrypt_secret, sign_request
+from app.services.webhooks import find_url_problem
 from app.settings import Settings
 
-#: Seconds to wait after the first, second, ... failed try; then the delivery is dead. About three days.
-GAPS_SECONDS: Final = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
-JITTER_RATIO: Final = 0.2
-MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
-PER_ENDPOINT: Final = 2
-MAX_IN_FLIGHT: Final = 50
 CLAIM_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.5
+GATHER_SECONDS: Final = 0.01  # tries that end within it are recorded together
 STOP_SECONDS: Final = (
     3.0  # what is in flight may end within it, else it is tried again by whoever comes next
 )
-DISABLE_AFTER: Final = timedelta(days=5)
-DISABLE_AFTER_TRIES: Final = 10
 KEPT_FOR: Final = timedelta(days=30)
+BURY_SECONDS: Final = 5.0
 PURGE_SECONDS: Final = 3600.0
-_GONE = 410
-_THROTTLED = frozenset({429, 503})
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -68,13 +62,14 @@ def run(factory: SessionFactory, settings: Settings, stop: threading.Event) -> N
 
 
 class WebhookSender:
-    """The loop: claim in one short transaction, post without any, record in another.
+    """The loop: claim in one short transaction, post without any, record many tries in another.
 
     Args:
         factory: Sessions that really commit.
         cipher: Decrypts the endpoints' secrets.
         client: Makes the tries.
         schedule_scale: Multiplies the gaps between tries.
+        poll_seconds: How long it rests when nothing is due.
     """
 
     def __init__(
@@ -84,178 +79,183 @@ class WebhookSender:
         client: WebhookClient,
         *,
         schedule_scale: float = 1.0,
+        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self._factory = factory
         self._cipher = cipher
         self._client = client
         self._scale = schedule_scale
-        self._in_flight: dict[asyncio.Task[None], ClaimedDelivery] = {}
+        self._poll_seconds = poll_seconds
+        self._lanes = Lanes()
+        self._tasks: dict[asyncio.Task[None], Claim] = {}
+        self._results: list[tuple[Claim, Reply]] = []
+        self._hungry = asyncio.Event()  # an endpoint could take more than is claimed for it
+        self._ended = asyncio.Event()  # there are results to record
         # Threads of its own: slow name lookups fill the event loop's default ones.
         self._database = ThreadPoolExecutor(4, thread_name_prefix="webhook-db")
-        self._purged_at = -PURGE_SECONDS
+        self._buried_at = self._purged_at = -PURGE_SECONDS
 
     async def run(self, stop: threading.Event) -> None:
         """Delivers until `stop` is set, then gives what is in flight a moment to end."""
         resolving = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="webhook-dns")
         asyncio.get_running_loop().set_default_executor(resolving)
+        recording = asyncio.create_task(self._record_for_ever())
         try:
             while not stop.is_set():
+                if recording.done():
+                    recording.result()  # raises what broke it
+                self._hungry.clear()
                 try:
-                    num_claimed = await self._start_due()
+                    await self._claim_due()
                 except (DBAPIError, PoolTimeout) as error:
                     log.warning("webhooks.database_away", error=str(error))
-                    num_claimed = 0
-                if num_claimed == 0:
-                    await self._rest()
-            await self._wind_down()
+                    self._hungry.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._hungry.wait(), self._poll_seconds)
+            await self._wind_down(recording)
         finally:
+            recording.cancel()
             self._database.shutdown()
             resolving.shutdown(wait=False, cancel_futures=True)
 
-    async def _start_due(self) -> int:
-        free = MAX_IN_FLIGHT - len(self._in_flight)
-        if free == 0:
-            return 0
-        counts = Counter(delivery.endpoint_id for delivery in self._in_flight.values())
-        claimed = await self._in_database(partial(self._claim, free, counts))
-        for delivery in claimed:
-            task = asyncio.create_task(self._try(delivery))
-            self._in_flight[task] = delivery
-            task.add_done_callback(self._ended)
-        return len(claimed)
+    async def _claim_due(self) -> None:
+        free = MAX_HELD - self._lanes.num_held
+        if free <= 0:
+            return
+        room = self._lanes.room()
+        deadline = time.monotonic() + CLAIM_SECONDS
+        claimed = await self._in_database(partial(self._claim, free, room))
+        self._lanes.add([Claim(delivery, deadline) for delivery in claimed], room)
+        for claim in self._lanes.take():
+            self._start(claim)
 
-    def _claim(self, limit: int, in_flight: Counter[UUID]) -> list[ClaimedDelivery]:
+    def _claim(self, limit: int, room: dict[UUID, int]) -> list[ClaimedDelivery]:
+        now = time.monotonic()
         with transaction(self._factory) as session:
             repository = WebhookDeliveryRepository(session)
-            repository.bury_orphans()
-            if time.monotonic() - self._purged_at > PURGE_SECONDS:
-                self._purged_at = time.monotonic()
+            if now - self._buried_at > BURY_SECONDS:
+                self._buried_at = now
+                repository.bury_orphans()
+            if now - self._purged_at > PURGE_SECONDS:
+                self._purged_at = now
                 repository.purge(KEPT_FOR)
             return repository.claim_due(
-                limit=limit, per_endpoint=PER_ENDPOINT, in_flight=in_flight, seconds=CLAIM_SECONDS
+                limit=limit, first=PER_ENDPOINT, room=room, seconds=CLAIM_SECONDS
             )
 
-    async def _try(self, delivery: ClaimedDelivery) -> None:
-        reply = await self._post(delivery)
+    def _start(self, claim: Claim) -> None:
+        task = asyncio.create_task(self._try(claim))
+        self._tasks[task] = claim
+        task.add_done_callback(self._over)
+
+    async def _try(self, claim: Claim) -> None:
+        """Posts a delivery and leaves the result to be recorded."""
+        if not claim.holds(LEAST_SECONDS):
+            await self._give_back([claim])
+            self._lanes.ended(claim, None)
+            return
+        began = time.monotonic()
+        try:
+            reply = await self._post(claim.delivery)
+        except asyncio.CancelledError:
+            self._lanes.ended(claim, None)
+            raise
+        self._lanes.ended(claim, time.monotonic() - began)
         log.info(
             "webhooks.tried",
-            delivery=public_id("webhook_delivery", delivery.id),
-            tries=delivery.tries + 1,
+            delivery=public_id("webhook_delivery", claim.delivery.id),
+            tries=claim.delivery.tries + 1,
             status=reply.status,
             error=reply.error,
         )
-        await self._in_database(partial(self._record, delivery, reply))
+        self._results.append((claim, reply))
+        self._ended.set()
+        if reply.status == GONE:
+            await self._give_back(self._lanes.close(claim.delivery.endpoint_id))
 
     async def _post(self, delivery: ClaimedDelivery) -> Reply:
-        body = orjson.dumps(delivery.payload, option=orjson.OPT_SORT_KEYS)
-        message_id = public_id("webhook_event", delivery.event_id)
-        timestamp = int(time.time())
+        problem = find_url_problem(delivery.url, allow_private=self._client.allow_private)
+        if problem is not None:  # it was taken under other settings
+            return Reply(None, f"refused: {problem}")
         try:
             secrets = [decrypt_secret(self._cipher, item) for item in delivery.secrets_encrypted]
         except Unavailable as error:
             return Reply(None, str(error))
-        headers = {
-            "content-type": "application/json",
-            "accept-encoding": "identity",
-            "user-agent": "Retain-Webhooks/1",
-            "webhook-id": message_id,
-            "webhook-timestamp": str(timestamp),
-            "webhook-signature": sign(
-                secrets, message_id=message_id, timestamp=timestamp, body=body
-            ),
-        }
-        return await self._client.post(delivery.url, headers, body)
+        request = sign_request(secrets, delivery.payload)
+        return await self._client.post(delivery.url, request.headers, request.body)
 
-    def _record(self, delivery: ClaimedDelivery, reply: Reply) -> None:
-        with transaction(self._factory) as session:
-            endpoints = WebhookEndpointRepository(session)
-            WebhookDeliveryRepository(session).finish_try(
-                delivery.id,
-                retry_in=None if reply.status == _GONE else self._retry_in(delivery, reply),
-                status=reply.status,
-                error=reply.error,
-                reply=reply.body,
-            )
-            if reply.error is None:
-                endpoints.note_success(delivery.endpoint_id)
-                return
-            endpoints.note_failure(delivery.endpoint_id)
-            if reply.status == _GONE:
-                reason, failing_for, min_failures = "It answered 410 Gone.", timedelta(0), 1
-            else:
-                reason = f"Every try failed for {DISABLE_AFTER.days} days; the last: {reply.error}."
-                failing_for, min_failures = DISABLE_AFTER, DISABLE_AFTER_TRIES
-            project_id = endpoints.disable(
-                delivery.endpoint_id, reason, failing_for=failing_for, min_failures=min_failures
-            )
-            if project_id is not None:
-                emit_event(
-                    session,
-                    project_id=project_id,
-                    type="webhook_endpoint.disabled",
-                    data={
-                        "id": public_id("webhook_endpoint", delivery.endpoint_id),
-                        "reason": reason,
-                    },
-                )
-
-    def _retry_in(self, delivery: ClaimedDelivery, reply: Reply) -> timedelta | None:
-        if delivery.tries >= len(GAPS_SECONDS):
-            return None
-        jitter = random.uniform(1 - JITTER_RATIO, 1 + JITTER_RATIO)  # noqa: S311 - not a secret
-        seconds = GAPS_SECONDS[delivery.tries] * jitter * self._scale
-        if reply.status in _THROTTLED and reply.retry_after is not None:
-            seconds = max(seconds, parse_retry_after(reply.retry_after))
-        return timedelta(seconds=seconds)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        delivery = self._in_flight.pop(task)
+    def _over(self, task: "asyncio.Task[None]") -> None:
+        claim = self._tasks.pop(task)
         if task.cancelled():
             return
         error = task.exception()
         if error is not None:  # not recorded, so the claim runs out and it is tried again
-            log.error("webhooks.try_lost", delivery=str(delivery.id), error=repr(error))
+            log.error("webhooks.try_lost", delivery=str(claim.delivery.id), error=repr(error))
+        key = claim.delivery.endpoint_id
+        if self._lanes.is_crowded:
+            for other in self._lanes.take():
+                self._start(other)
+        elif (following := self._lanes.take_of(key)) is not None:
+            self._start(following)
+        if self._lanes.is_hungry(key):
+            self._hungry.set()
 
-    async def _rest(self) -> None:
-        """Waits for the next poll, or for a slot."""
-        if self._in_flight:
-            await asyncio.wait(
-                self._in_flight, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
-        else:
-            await asyncio.sleep(POLL_SECONDS)
+    async def _record_for_ever(self) -> None:
+        """Records results as they come, many at once; while the database is away they wait for it."""
+        while True:
+            await self._ended.wait()
+            await asyncio.sleep(GATHER_SECONDS)
+            self._ended.clear()
+            try:
+                await self._record()
+            except (DBAPIError, PoolTimeout) as error:
+                log.warning("webhooks.database_away", error=str(error))
+                await asyncio.sleep(self._poll_seconds)
+                self._ended.set()
 
-    async def _wind_down(self) -> None:
-        if self._in_flight:
-            await asyncio.wait(self._in_flight, timeout=STOP_SECONDS)
-        cut = dict(self._in_flight)
+    async def _record(self) -> None:
+        # Without its claim a result is refused by the database: somebody else is trying it by then.
+        batch = [(claim, reply) for claim, reply in self._results if claim.holds()]
+        closed = {c.delivery.endpoint_id for c, reply in self._results if reply.status == GONE}
+        self._results = []
+        results = [(claim.delivery, reply) for claim, reply in batch]
+        try:
+            if results:
+                await self._in_database(partial(self._write, results))
+        except (DBAPIError, PoolTimeout):
+            self._results = batch + self._results
+            raise
+        self._lanes.reopen(closed)
+
+    def _write(self, results: list[tuple[ClaimedDelivery, Reply]]) -> None:
+        with transaction(self._factory) as session:
+            record_results(session, results, scale=self._scale)
+
+    async def _wind_down(self, recording: "asyncio.Task[None]") -> None:
+        left = self._lanes.drop_waiting()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_SECONDS)
+        cut = dict(self._tasks)
         for task in cut:
             task.cancel()
         await asyncio.gather(*cut, return_exceptions=True)
+        recording.cancel()
+        await asyncio.gather(recording, return_exceptions=True)
         await self._client.aclose()
-        if cut:
-            ids = [delivery.id for delivery in cut.values()]
-            with contextlib.suppress(DBAPIError, PoolTimeout):  # the claims run out by themselves
-                await self._in_database(partial(self._release, ids))
+        with contextlib.suppress(DBAPIError, PoolTimeout):  # the claims run out by themselves
+            await self._record()
+        await self._give_back([*left, *cut.values()])
 
-    def _release(self, delivery_ids: list[UUID]) -> None:
+    async def _give_back(self, claims: list[Claim]) -> None:
+        """Lets others have claims at once; where that fails, they run out by themselves."""
+        if claims:
+            deliveries = [claim.delivery for claim in claims]
+            with contextlib.suppress(DBAPIError, PoolTimeout):
+                await self._in_database(partial(self._release, deliveries))
+
+    def _release(self, deliveries: list[ClaimedDelivery]) -> None:
         with transaction(self._factory) as session:
-            WebhookDeliveryRepository(session).release(delivery_ids)
+            WebhookDeliveryRepository(session).release(deliveries)
 
     async def _in_database(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._database, work)
-
-
-def parse_retry_after(text: str) -> float:
-    """Seconds that a `Retry-After` header asks for, as a number or a date; 0 when unreadable, at most a day."""
-    text = text.strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text[:10]), MAX_RETRY_AFTER_SECONDS)
-    try:
-        when = email.utils.parsedate_to_datetime(text)
-    except ValueError:
-        return 0.0
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    seconds = (when - datetime.now(UTC)).total_seconds()
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)

@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, Tag
 from app.domain.benchmarks import BenchmarkKind, Scorer
 from app.domain.frozen import Frozen
 from app.domain.results import PostedResult, PostedResults
+from app.domain.states import DeliveryState
 
 
 class CreateBenchmark(Frozen):
@@ -64,7 +65,36 @@ class UpdateWebhookEndpoint(Frozen):
 class RotateSecret(Frozen):
     """`POST /v1/webhook_endpoints/{id}/rotate_secret`."""
 
-    keep_old_secret_active_for_24_hours: bool = True
+    keep_old_secret_active_for_24_hours: bool = Field(
+        default=False,
+        description="Whether the secret that is replaced signs too for 24 hours; else it ends now.",
+    )
+    force: bool = Field(
+        default=False,
+        description=(
+            "Rotate although the last rotation is less than 24 hours ago and the secret before it still signs:"
+            " that one ends now."
+        ),
+    )
+
+
+class SendSample(Frozen):
+    """`POST /v1/webhook_endpoints/{id}/test`."""
+
+    event_type: str = Field(max_length=128, description="The type of the sample that is sent.")
+
+
+class RetryDeliveries(Frozen):
+    """`POST /v1/webhook_endpoints/{id}/deliveries/retry`."""
+
+    since: int = Field(
+        ge=0,
+        le=253_402_300_799,
+        description="Unix seconds: deliveries of events from then on are sent again.",
+    )
+    state: DeliveryState = Field(
+        default=DeliveryState.DEAD, description="Only deliveries in this state."
+    )
 
 
 def _shape(body: Any) -> str:  # noqa: ANN401 - whatever was sent

@@ -1,26 +1,24 @@
 """Webhooks: endpoints with their secrets, and events written in the transaction in which they happen."""
 
-import base64
-import hashlib
-import hmac
-import ipaddress
 import math
-import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
-from cryptography.fernet import InvalidToken, MultiFernet
+from cryptography.fernet import MultiFernet
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from app.db.models import Job, WebhookDelivery, WebhookEndpoint, WebhookEvent
-from app.db.repositories.webhooks import WebhookDeliveryRepository, WebhookEndpointRepository
-from app.domain.addresses import is_public_address
+from app.db.models import Job, WebhookEndpoint, WebhookEvent
+from app.db.repositories.webhook_deliveries import WebhookDeliveryRepository
+from app.db.repositories.webhooks import WebhookEndpointRepository
+from app.domain.addresses import is_public_host
 from app.domain.identifiers import public_id
 from app.domain.states import JobKind
-from app.errors import BadRequest, Conflict, Unavailable
+from app.errors import BadRequest, Conflict
+from app.services.webhook_signing import make_secret
 
 #: Every transition of a job and every decision that changes something, plus what befalls an endpoint.
 EVENT_TYPES: Final = (
@@ -47,9 +45,7 @@ EVENT_TYPES: Final = (
     "webhook_endpoint.disabled",
 )
 MAX_ENDPOINTS: Final = 50  # per project
-SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - what a secret begins with
 ROTATION_OVERLAP: Final = timedelta(hours=24)
-_SECRET_BYTES = 32
 _PORTS = frozenset({443, 8443})
 
 
@@ -80,7 +76,7 @@ def create_endpoint(
     check_url(url, allow_private=allow_private)
     if repository.count(project_id) >= MAX_ENDPOINTS:
         raise Conflict(f"A project has at most {MAX_ENDPOINTS} webhook endpoints.")
-    secret = _make_secret()
+    secret = make_secret()
     row = WebhookEndpoint(
         project_id=project_id,
         name=_checked_name(name),
@@ -103,13 +99,14 @@ def update_endpoint(
     event_types: Sequence[str] | None = None,
     allow_private: bool = False,
 ) -> WebhookEndpoint:
-    """Changes what is given.
+    """Changes what is given; what changes nothing does not count as a change.
 
     Raises:
         NotFound: The project has no such endpoint.
         BadRequest: A field cannot be taken as it is.
     """
     row = WebhookEndpointRepository(session).get(project_id, endpoint_id, for_update=True)
+    before = (row.name, row.url, row.event_types)
     if name is not None:
         row.name = _checked_name(name)
     if url is not None:
@@ -117,7 +114,8 @@ def update_endpoint(
         row.url = url
     if event_types is not None:
         row.event_types = _checked_types(event_types)
-    row.updated_at = datetime.now(UTC)
+    if before != (row.name, row.url, row.event_types):
+        row.updated_at = datetime.now(UTC)
     session.flush()
     return row
 
@@ -163,24 +161,25 @@ def rotate_secret(
     *,
     project_id: UUID,
     endpoint_id: UUID,
-    keep_old: bool = True,
+    keep_old: bool = False,
+    force: bool = False,
 ) -> CreatedEndpoint:
-    """Gives an endpoint a new secret; the old one signs too for 24 hours, unless it is dropped.
+    """Gives an endpoint a new secret; the old one can sign too for 24 hours.
 
     Raises:
         NotFound: The project has no such endpoint.
-        Conflict: The old secret would be kept while an older one still is.
+        Conflict: The one before still signs, which would end now, and that is not forced.
     """
     row = WebhookEndpointRepository(session).get(project_id, endpoint_id, for_update=True)
     now = datetime.now(UTC)
     is_overlapping = row.previous_secret_until is not None and row.previous_secret_until > now
-    if keep_old and is_overlapping:
+    if is_overlapping and not force:
         raise Conflict(
-            "The secret was rotated less than 24 hours ago; rotate with"
-            " keep_old_secret_active_for_24_hours false to drop the older one now.",
-            "keep_old_secret_active_for_24_hours",
+            "The secret was rotated less than 24 hours ago and the one before still signs; send"
+            " `force: true` to end that one now.",
+            "force",
         )
-    secret = _make_secret()
+    secret = make_secret()
     row.previous_secret_encrypted = row.secret_encrypted if keep_old else None
     row.previous_secret_until = now + ROTATION_OVERLAP if keep_old else None
     row.secret_encrypted = cipher.encrypt(secret.encode())
@@ -188,44 +187,6 @@ def rotate_secret(
     row.updated_at = now
     session.flush()
     return CreatedEndpoint(row, secret)
-
-
-def list_deliveries(
-    session: Session,
-    *,
-    project_id: UUID,
-    endpoint_id: UUID,
-    after: UUID | None = None,
-    limit: int = 20,
-) -> tuple[list[tuple[WebhookDelivery, WebhookEvent]], bool]:
-    """A page of an endpoint's deliveries with their events, newest first, and whether there are more.
-
-    Raises:
-        NotFound: The project has no such endpoint, or the endpoint no delivery `after`.
-    """
-    endpoint = WebhookEndpointRepository(session).get(project_id, endpoint_id)
-    repository = WebhookDeliveryRepository(session)
-    last = None if after is None else repository.get(endpoint.id, after)
-    found = repository.list_page(endpoint.id, after=last, limit=limit + 1)
-    return found[:limit], len(found) > limit
-
-
-def redeliver(
-    session: Session, *, project_id: UUID, endpoint_id: UUID, delivery_id: UUID
-) -> WebhookDelivery:
-    """Sends an event to an endpoint once more, with the schedule started over and the same webhook-id.
-
-    Raises:
-        NotFound: The project has no such endpoint or delivery.
-        Conflict: The endpoint is disabled.
-    """
-    endpoint = WebhookEndpointRepository(session).get(project_id, endpoint_id)
-    if endpoint.disabled_at is not None:
-        raise Conflict(f"The endpoint is disabled: {endpoint.disabled_reason}")
-    repository = WebhookDeliveryRepository(session)
-    delivery = repository.get(endpoint.id, delivery_id)
-    repository.redeliver(delivery)
-    return delivery
 
 
 def emit_event(
@@ -243,17 +204,21 @@ def emit_event(
         project_id: Whose endpoints hear of it.
         type: One of `EVENT_TYPES`.
         data: Goes into the payload's `data`; numbers that JSON lacks become null.
-        job: The job it is about. `data` gets its `id`, its `status` and its number of events so far as
-            `sequence`, which only grows: a receiver keeps the highest. Add the job's own event first.
+        job: The job it is about. `data` gets its id (`id` and `job_id`), its state (`state` and `status`)
+            and `sequence`, the number of this event among the job's: without a gap, and a receiver that
+            keeps the highest has the newest state, in whatever order deliveries come.
     """
     if type not in EVENT_TYPES:
         raise ValueError(f"unknown event type: {type}")
     now = datetime.now(UTC)
     about: dict[str, Any] = {"occurred_at": now.isoformat(timespec="milliseconds")}
     if job is not None:
+        key = public_id("run" if job.kind is JobKind.EXTERNAL else "job", job.id)
         about |= {
-            "id": public_id("run" if job.kind is JobKind.EXTERNAL else "job", job.id),
-            "sequence": job.event_count,
+            "id": key,
+            "job_id": key,
+            "sequence": _next_number(session, job),
+            "state": job.state.value,
             "status": job.state.value,
         }
     event_id = uuid4()
@@ -276,6 +241,19 @@ def emit_event(
     return event
 
 
+def _next_number(session: Session, job: Job) -> int:
+    """Taken from the job's row, whose lock is held until the transaction ends: so there is no gap."""
+    number = session.execute(
+        update(Job)
+        .where(Job.id == job.id)
+        .values(webhook_count=Job.webhook_count + 1)
+        .returning(Job.webhook_count)
+        .execution_options(synchronize_session=False)
+    ).scalar_one()
+    session.expire(job, ["webhook_count"])
+    return number
+
+
 def check_url(url: str, *, allow_private: bool) -> None:
     """Refuses a URL that must not be called; names are checked again, resolved, at every delivery.
 
@@ -283,37 +261,13 @@ def check_url(url: str, *, allow_private: bool) -> None:
         BadRequest: Not https on port 443 or 8443 (any http when private receivers are allowed), or with user
             info, a fragment or a private address in it.
     """
-    problem = _problem_of(url, allow_private=allow_private)
+    problem = find_url_problem(url, allow_private=allow_private)
     if problem is not None:
         raise BadRequest(f"url: {problem}", "url")
 
 
-def decrypt_secret(cipher: MultiFernet, encrypted: bytes) -> str:
-    """The secret that was encrypted.
-
-    Raises:
-        Unavailable: It was encrypted under another key.
-    """
-    try:
-        return cipher.decrypt(encrypted).decode()
-    except InvalidToken:
-        raise Unavailable(
-            "The webhook secret was encrypted under another key: restore RETAIN_SECRET_KEY."
-        ) from None
-
-
-def sign(secrets_in_force: Sequence[str], *, message_id: str, timestamp: int, body: bytes) -> str:
-    """The `webhook-signature` header of Standard Webhooks 1.0: one `v1` signature for each secret."""
-    text = f"{message_id}.{timestamp}.".encode() + body
-    signatures = []
-    for secret in secrets_in_force:
-        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
-        digest = hmac.new(key, text, hashlib.sha256).digest()
-        signatures.append("v1," + base64.b64encode(digest).decode())
-    return " ".join(signatures)
-
-
-def _problem_of(url: str, *, allow_private: bool) -> str | None:
+def find_url_problem(url: str, *, allow_private: bool) -> str | None:
+    """Why a URL must not be called, if so."""
     if not 1 <= len(url) <= 2048 or not url.isprintable() or not url.isascii() or " " in url:
         return "give 1 to 2048 printable ASCII characters"
     try:
@@ -332,17 +286,9 @@ def _problem_of(url: str, *, allow_private: bool) -> str | None:
         return None
     if port is not None and port not in _PORTS:
         return "the port must be 443 or 8443"
-    if _is_address(host) and not is_public_address(host):
+    if not is_public_host(host):
         return "private and reserved addresses are not allowed"
     return None
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _checked_name(name: str) -> str:
@@ -362,11 +308,6 @@ def _checked_types(event_types: Sequence[str]) -> list[str]:
                 f"event_types.{place}",
             )
     return list(dict.fromkeys(event_types))
-
-
-def _make_secret() -> str:
-    # Padded base64: the openai client decodes it strictly.
-    return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value

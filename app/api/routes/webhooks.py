@@ -1,24 +1,35 @@
-"""Webhook endpoints, their deliveries, and the types of events."""
+"""Webhook endpoints, and the types of events."""
+
+from uuid import UUID
 
 from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
 
-from app.api.dependencies import ResourcesDep, SessionDep, WebhooksAdmin, WriterDep
+from app.api.dependencies import Resources, ResourcesDep, SessionDep, WebhooksAdmin, WriterDep
 from app.api.paging import After, Limit, parse_after
 from app.api.schemas.base import Deleted, Page, build_page
 from app.api.schemas.webhooks import (
+    AnsweredSample,
     CreatedEndpointObject,
-    DeliveryObject,
     EndpointObject,
     EventTypes,
     show_created,
-    show_delivery,
     show_endpoint,
 )
-from app.db.models import WebhookEvent
+from app.control.webhook_http import Reply, WebhookClient
+from app.db.session import transaction
 from app.domain.identifiers import parse_id
-from app.domain.requests import CreateWebhookEndpoint, RotateSecret, UpdateWebhookEndpoint
-from app.services import webhooks
+from app.domain.requests import (
+    CreateWebhookEndpoint,
+    RotateSecret,
+    SendSample,
+    UpdateWebhookEndpoint,
+)
+from app.domain.scopes import Caller
+from app.errors import BadRequest, Conflict
+from app.services import webhook_deliveries, webhooks
+from app.services.webhook_signing import SignedRequest
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
 
@@ -126,7 +137,7 @@ def rotate_secret(
     resources: ResourcesDep,
     body: RotateSecret | None = None,
 ) -> Response:
-    """Gives an endpoint a new secret; the old one signs too for 24 hours, unless it is dropped."""
+    """Gives an endpoint a new secret; the old one ends, or signs too for 24 hours if that is asked for."""
     key = parse_id("webhook_endpoint", webhook_endpoint_id, param=ID)
     wish = body or RotateSecret()
 
@@ -137,51 +148,81 @@ def rotate_secret(
             project_id=caller.project_id,
             endpoint_id=key,
             keep_old=wish.keep_old_secret_active_for_24_hours,
+            force=wish.force,
         )
         return show_created(made.row, made.secret)
 
     return writer.run(caller, wish, work, hidden=HIDDEN)
 
 
-@router.get("/webhook_endpoints/{webhook_endpoint_id}/deliveries")
-def list_deliveries(
+@router.post("/webhook_endpoints/{webhook_endpoint_id}/test", response_model=AnsweredSample)
+async def send_sample(
     webhook_endpoint_id: str,
-    session: SessionDep,
+    body: SendSample,
     caller: WebhooksAdmin,
-    after: After = None,
-    limit: Limit = 20,
-) -> Page[DeliveryObject]:
-    """What was sent to a receiver or is on its way, newest first."""
-    key = parse_id("webhook_endpoint", webhook_endpoint_id, param=ID)
-    found, has_more = webhooks.list_deliveries(
-        session,
-        project_id=caller.project_id,
-        endpoint_id=key,
-        after=parse_after("webhook_delivery", after),
-        limit=limit,
-    )
-    return build_page([show_delivery(*pair) for pair in found], has_more=has_more)
-
-
-@router.post(
-    "/webhook_endpoints/{webhook_endpoint_id}/deliveries/{delivery_id}/retry",
-    response_model=DeliveryObject,
-)
-def retry_delivery(
-    webhook_endpoint_id: str, delivery_id: str, caller: WebhooksAdmin, writer: WriterDep
+    writer: WriterDep,
+    resources: ResourcesDep,
 ) -> Response:
-    """Sends an event to a receiver once more, under the same webhook-id."""
-    endpoint = parse_id("webhook_endpoint", webhook_endpoint_id, param=ID)
-    delivery = parse_id("webhook_delivery", delivery_id, param="delivery_id")
-
-    def work(session: Session) -> DeliveryObject:
-        row = webhooks.redeliver(
-            session,
-            project_id=caller.project_id,
-            endpoint_id=endpoint,
-            delivery_id=delivery,
+    """Sends a signed sample and says what the receiver answered, whatever it answered; without an answer, a 400."""
+    again = await run_in_threadpool(writer.replay, caller, body)
+    if again is not None:
+        return again
+    key = parse_id("webhook_endpoint", webhook_endpoint_id, param=ID)
+    reply = await _try_out(resources, caller, key, body.event_type)
+    if reply.status is None:
+        raise BadRequest(
+            f"The receiver did not answer: {reply.error}.", code="webhook_endpoint_unreachable"
         )
-        session.refresh(row)
-        return show_delivery(row, session.get_one(WebhookEvent, row.event_id))
+    tested = AnsweredSample(
+        webhook_endpoint_id=webhook_endpoint_id,
+        event_type=body.event_type,
+        status_code=reply.status,
+    )
+    return await run_in_threadpool(writer.run, caller, body, lambda _session: tested)
 
-    return writer.run(caller, None, work)
+
+@router.post("/webhook_endpoints/{webhook_endpoint_id}/enable", response_model=EndpointObject)
+async def enable_endpoint(
+    webhook_endpoint_id: str, caller: WebhooksAdmin, writer: WriterDep, resources: ResourcesDep
+) -> Response:
+    """Enables a receiver that was switched off, once it answers a ping with success."""
+    again = await run_in_threadpool(writer.replay, caller, None)
+    if again is not None:
+        return again
+    key = parse_id("webhook_endpoint", webhook_endpoint_id, param=ID)
+    reply = await _try_out(resources, caller, key, webhook_deliveries.PING)
+    if reply.error is not None:
+        raise Conflict(f"The endpoint failed its ping: {reply.error}.", code="ping_failed")
+
+    def work(session: Session) -> EndpointObject:
+        row = webhook_deliveries.enable_endpoint(
+            session, project_id=caller.project_id, endpoint_id=key
+        )
+        return show_endpoint(row)
+
+    return await run_in_threadpool(writer.run, caller, None, work)
+
+
+async def _try_out(
+    resources: Resources, caller: Caller, endpoint_id: UUID, event_type: str
+) -> Reply:
+    """What a receiver answers to a sample; no session is open meanwhile."""
+    allow_private = resources.settings.webhook_allow_private
+
+    def prepare() -> tuple[str, SignedRequest]:
+        with transaction(resources.session_factory) as session:
+            return webhook_deliveries.build_sample(
+                session,
+                resources.cipher,
+                project_id=caller.project_id,
+                endpoint_id=endpoint_id,
+                event_type=event_type,
+                allow_private=allow_private,
+            )
+
+    url, request = await run_in_threadpool(prepare)
+    client = await run_in_threadpool(WebhookClient, allow_private=allow_private)
+    try:
+        return await client.post(url, request.headers, request.body)
+    finally:
+        await client.aclose()

@@ -44,6 +44,24 @@ class DeliveryObject(Identified):
     payload: dict[str, Any]
 
 
+class AnsweredSample(Schema):
+    """What a receiver answered to a sample."""
+
+    object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: Literal[True] = True  # the sample got an answer, of which `status_code` is what it was
+
+
+class RetriedDeliveries(Schema):
+    """How many deliveries will be sent again."""
+
+    object: Literal["webhook_endpoint.retry"] = "webhook_endpoint.retry"
+    webhook_endpoint_id: str
+    num_deliveries: int
+
+
 class EventTypes(Schema):
     """Every type that an endpoint can ask for."""
 

@@ -80,6 +80,7 @@ ENDINGS: dict[str, dict[str, Any]] = {
     "/promote": {"version": 1},
     "/aliases/{alias}": {"version": 1},
     "/complete": {"part_ids": ["part_" + "0" * 32]},
+    "/deliveries/retry": {"since": 0},
     "{webhook_endpoint_id}/test": {"event_type": "fine_tuning.job.succeeded"},
     "{webhook_endpoint_id}": {"name": "n"},
 }

@@ -196,14 +196,13 @@ def test_webhook_endpoints(api: Api) -> None:
     path = f"/v1/webhook_endpoints/{made['id']}"
     assert "signing_secret" not in api.client.get(path).json()
     assert api.client.post(path, json={"name": "new"}).json()["name"] == "new"
-    rotated = api.client.post(f"{path}/rotate_secret").json()
+    rotation = f"{path}/rotate_secret"
+    keeping = {"keep_old_secret_active_for_24_hours": True}
+    rotated = api.client.post(rotation, json=keeping).json()
     assert rotated["signing_secret"] not in {None, made["signing_secret"]}
-    assert (
-        api.client.post(
-            f"{path}/rotate_secret", json={"keep_old_secret_active_for_24_hours": False}
-        ).status_code
-        == 200
-    )
+    refused = api.client.post(rotation)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (409, "force")
+    assert api.client.post(rotation, json={"force": True}).status_code == 200
     assert api.client.get(f"{path}/deliveries").json()["data"] == []
     assert [e["id"] for e in api.client.get("/v1/webhook_endpoints").json()["data"]] == [made["id"]]
     assert "fine_tuning.job.succeeded" in api.client.get("/v1/webhook_event_types").json()["data"]

@@ -17,7 +17,8 @@ from app.domain.uploads import CreateUpload
 from app.services.external_runs import register_run
 from app.services.monitors import create_monitor
 from app.services.uploads import create_upload
-from app.services.webhooks import create_endpoint, emit_event, list_deliveries
+from app.services.webhook_deliveries import list_deliveries
+from app.services.webhooks import create_endpoint, emit_event
 from tests.app.api.conftest import CHAT, Api
 from tests.app.api.surface import body_for, every_endpoint
 from tests.deployed import make_deployed

@@ -4,6 +4,7 @@ import base64
 import json
 import stat
 import time
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -19,7 +20,7 @@ from app.db.models import WebhookDelivery
 from app.domain.identifiers import public_id
 from app.domain.states import DeliveryState
 from app.errors import BadRequest, Conflict, NotFound, Unavailable
-from app.services import webhooks
+from app.services import webhook_deliveries, webhook_signing, webhooks
 from app.services.ciphers import load_cipher
 from app.settings import Settings
 from tests.factories import make_job, make_project
@@ -42,11 +43,11 @@ def test_the_secret_is_shown_once_and_kept_encrypted(session: Session) -> None:
     assert created.secret.startswith("whsec_")
     assert len(base64.b64decode(created.secret.removeprefix("whsec_"), validate=True)) == 32
     assert created.secret.encode() not in created.row.secret_encrypted
-    assert webhooks.decrypt_secret(CIPHER, created.row.secret_encrypted) == created.secret
+    assert webhook_signing.decrypt_secret(CIPHER, created.row.secret_encrypted) == created.secret
     assert created.secret.endswith(created.row.secret_hint)
     other = MultiFernet([Fernet(Fernet.generate_key())])
     with pytest.raises(Unavailable, match="RETAIN_SECRET_KEY"):
-        webhooks.decrypt_secret(other, created.row.secret_encrypted)
+        webhook_signing.decrypt_secret(other, created.row.secret_encrypted)
 
 
 def test_signatures_are_what_the_standard_and_the_openai_client_expect(session: Session) -> None:
@@ -59,7 +60,7 @@ def test_signatures_are_what_the_standard_and_the_openai_client_expect(session: 
     headers = {
         "webhook-id": "evt_1",
         "webhook-timestamp": str(timestamp),
-        "webhook-signature": webhooks.sign(
+        "webhook-signature": webhook_signing.sign(
             [old, secret], message_id="evt_1", timestamp=timestamp, body=body.encode()
         ),
     }
@@ -72,7 +73,7 @@ def test_signatures_are_what_the_standard_and_the_openai_client_expect(session: 
 
 def test_signatures_match_the_published_vector() -> None:
     # From the Standard Webhooks reference libraries' tests.
-    signature = webhooks.sign(
+    signature = webhook_signing.sign(
         ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"],
         message_id="msg_p5jXN8AQM9LWM0D4loKWxJek",
         timestamp=1614265330,
@@ -140,7 +141,7 @@ def test_endpoints_of_another_project_do_not_exist(session: Session) -> None:
     with pytest.raises(NotFound):
         webhooks.rotate_secret(session, CIPHER, project_id=mine, endpoint_id=row.id)
     with pytest.raises(NotFound):
-        webhooks.list_deliveries(session, project_id=mine, endpoint_id=row.id)
+        webhook_deliveries.list_deliveries(session, project_id=mine, endpoint_id=row.id)
     assert webhooks.list_endpoints(session, project_id=mine) == ([], False)
 
 
@@ -169,18 +170,38 @@ def test_a_second_rotation_within_a_day_would_cut_off_receivers(session: Session
     project_id = make_project(session).id
     first = make_endpoint(session, project_id)
     second = webhooks.rotate_secret(
-        session, CIPHER, project_id=project_id, endpoint_id=first.row.id
+        session, CIPHER, project_id=project_id, endpoint_id=first.row.id, keep_old=True
     )
     assert second.secret != first.secret
     assert second.row.previous_secret_encrypted is not None
-    kept = webhooks.decrypt_secret(CIPHER, second.row.previous_secret_encrypted)
+    kept = webhook_signing.decrypt_secret(CIPHER, second.row.previous_secret_encrypted)
     assert kept == first.secret
-    with pytest.raises(Conflict):
-        webhooks.rotate_secret(session, CIPHER, project_id=project_id, endpoint_id=first.row.id)
+    for keep_old in (True, False):
+        with pytest.raises(Conflict) as caught:
+            webhooks.rotate_secret(
+                session,
+                CIPHER,
+                project_id=project_id,
+                endpoint_id=first.row.id,
+                keep_old=keep_old,
+            )
+        assert caught.value.param == "force"
+    third = webhooks.rotate_secret(
+        session,
+        CIPHER,
+        project_id=project_id,
+        endpoint_id=first.row.id,
+        keep_old=True,
+        force=True,
+    )
+    assert third.row.previous_secret_encrypted is not None
+    kept = webhook_signing.decrypt_secret(CIPHER, third.row.previous_secret_encrypted)
+    assert kept == second.secret
     webhooks.rotate_secret(
-        session, CIPHER, project_id=project_id, endpoint_id=first.row.id, keep_old=False
+        session, CIPHER, project_id=project_id, endpoint_id=first.row.id, force=True
     )
     assert first.row.previous_secret_encrypted is None
+    webhooks.rotate_secret(session, CIPHER, project_id=project_id, endpoint_id=first.row.id)
 
 
 def test_an_event_goes_to_every_live_endpoint_that_wants_it(session: Session) -> None:
@@ -190,7 +211,7 @@ def test_an_event_goes_to_every_live_endpoint_that_wants_it(session: Session) ->
     make_endpoint(session, make_project(session).id)
     gone = make_endpoint(session, job.project_id).row
     webhooks.delete_endpoint(session, project_id=job.project_id, endpoint_id=gone.id)
-    job.event_count = 7
+    job.webhook_count = 6
     event = webhooks.emit_event(
         session,
         project_id=job.project_id,
@@ -213,6 +234,8 @@ def test_an_event_goes_to_every_live_endpoint_that_wants_it(session: Session) ->
     data = payload["data"]
     assert data["id"] == public_id("job", job.id)
     assert (data["sequence"], data["status"], data["reason"]) == (7, job.state.value, "drop")
+    assert (data["job_id"], data["state"]) == (data["id"], data["status"])
+    assert datetime.fromisoformat(data["occurred_at"]).tzinfo is not None
     assert (data["lower"], data["nested"]) == (None, [None, 1.5])
     json.dumps(payload, allow_nan=False)
 
@@ -238,20 +261,20 @@ def test_a_dead_delivery_starts_over_when_asked_to(session: Session) -> None:
     project_id = make_project(session).id
     row = make_endpoint(session, project_id).row
     webhooks.emit_event(session, project_id=project_id, type=TYPES[0], data={})
-    [(delivery, event)], has_more = webhooks.list_deliveries(
+    [(delivery, event)], has_more = webhook_deliveries.list_deliveries(
         session, project_id=project_id, endpoint_id=row.id
     )
     assert (event.type, has_more) == (TYPES[0], False)
     delivery.state, delivery.tries = DeliveryState.DEAD, 10
     session.flush()
-    again = webhooks.redeliver(
+    again = webhook_deliveries.redeliver(
         session, project_id=project_id, endpoint_id=row.id, delivery_id=delivery.id
     )
     assert (again.state, again.tries) == (DeliveryState.PENDING, 0)
     row.disabled_at, row.disabled_reason = event.created_at, "It answered 410 Gone."
     session.flush()
     with pytest.raises(Conflict, match="410"):
-        webhooks.redeliver(
+        webhook_deliveries.redeliver(
             session, project_id=project_id, endpoint_id=row.id, delivery_id=delivery.id
         )
 
