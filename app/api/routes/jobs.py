@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Annotated
+from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -11,6 +12,7 @@ from app.api.dependencies import (
     JobsReader,
     JobsWriter,
     ModelsWriter,
+    Resources,
     ResourcesDep,
     SessionDep,
     WriterDep,
