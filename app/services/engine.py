@@ -189,6 +189,19 @@ def mark_paused(session: Session, job_id: UUID, attempt: int) -> JobState:
     return _stop(session, job, stopped_state(job) or JobState.PAUSED)
 
 
+def pause_by_itself(
+    session: Session, job_id: UUID, attempt: int, *, code: str, reason: str
+) -> None:
+    """Asks the job's own trainer to stop, as a client's pause does; nothing where it is to stop anyway."""
+    job = hold(session, job_id, attempt)
+    if job.state is not JobState.RUNNING or job.stop_requested is not None:
+        return
+    job.move_to(JobState.PAUSING)
+    job.stop_requested = StopRequest.PAUSE
+    session.flush()
+    add_transition(session, job, job.state, reason, level="error", data={"code": code})
+
+
 def mark_cancelled(session: Session, job_id: UUID, attempt: int) -> JobState:
     """The trainer has left because it was told to cancel."""
     return _stop(session, hold(session, job_id, attempt), JobState.CANCELLED)

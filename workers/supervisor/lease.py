@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
@@ -56,6 +57,7 @@ class Lease:
         self._latest: Beat | None = None
         self._is_over = False
         self._is_ending = False
+        self._at_loss: Callable[[], None] | None = None
         self._wake = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name=f"beat-{holding.job_id}", daemon=True
@@ -75,6 +77,13 @@ class Lease:
     def expect_end(self) -> None:
         """From here on a refused heartbeat is no loss: the job's end is being written, perhaps already was."""
         self._is_ending = True
+
+    def at_loss(self, act: Callable[[], None] | None) -> None:
+        """What is done the moment the lease is lost, from the thread that renews.
+
+        The attempt's own thread may hang in a write at that time, while its devices are another's to use.
+        """
+        self._at_loss = act
 
     def note(self, answer: Beat, sent_at: float) -> None:
         """Takes in a renewal that came with another write."""
@@ -110,10 +119,15 @@ class Lease:
             is_renewed = self._renew()
             grace = self._settings.partition_grace_seconds
             if not is_renewed and time.monotonic() - self._renewed_at > grace:
-                self.loss = "cut_off"
+                self._lose("cut_off")
                 log.error("worker.cut_off", job=str(self.holding.job_id), grace_seconds=grace)
             pause = self._settings.beat_seconds
             self._wake.wait(pause if is_renewed else min(RETRY_SECONDS, pause))
+
+    def _lose(self, loss: Loss) -> None:
+        self.loss = loss
+        if self._at_loss is not None:
+            self._at_loss()
 
     def _renew(self) -> bool:
         sent_at = time.monotonic()
@@ -132,7 +146,7 @@ class Lease:
             if self._is_ending:
                 self._is_over = True
             else:
-                self.loss = "fenced"
+                self._lose("fenced")
                 log.warning("worker.fenced", job=str(holding.job_id), attempt=holding.attempt)
             return False
         except SQLAlchemyError as error:

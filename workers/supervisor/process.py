@@ -80,10 +80,14 @@ class TrainerProcess:
         """Its exit status once it has ended: negative for a signal."""
         return self._process.poll()
 
-    def kill(self) -> None:
-        """Ends it and whatever it started, at once."""
+    def end(self) -> None:
+        """Ends it and whatever it started, without waiting; from any thread."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Ends it and whatever it started, at once."""
+        self.end()
         self._process.wait()
 
     def tail(self) -> str:

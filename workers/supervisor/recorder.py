@@ -49,6 +49,7 @@ from app.settings import Settings
 from workers.supervisor.inputs import CheckpointDamaged, fetch_state
 from workers.supervisor.lease import Lease
 from workers.supervisor.ledger import Ledger
+from workers.supervisor.room import DISK_FULL, MissedSaves
 
 MAX_KEPT_METRICS = 1000
 BAD_CHECKPOINT = "bad_checkpoint"
@@ -90,6 +91,7 @@ class Recorder:
         self._local: dict[str, Path] = {}  # by path under the storage root
         self._order_version = 0
         self._target: UUID | None = None  # the checkpoint that the trainer was last sent to
+        self._missed = MissedSaves(ledger, scratch)
 
     def begin(self, *, order_version: int, state: SavedState | None) -> None:
         """Takes note of what the plan holds already."""
@@ -110,6 +112,8 @@ class Recorder:
                 answer = None
             case Note() | OrderApplied():
                 self._ledger.write_soon(partial(self._record, message=message))
+                if isinstance(message, Note) and message.code == DISK_FULL:
+                    self._missed.add()  # on the trainer's own disk
                 answer = None
             case CheckpointSaved():
                 self._save(message)
@@ -242,14 +246,11 @@ class Recorder:
         self.branch = message.branch
         path = checkpoint_path(job_id, attempt, message.branch, message.step)
         local = self._own(message.directory)
-        try:
-            self._storage.delete(path)  # of an upload that was broken off
-            self._storage.put_directory(local, path)
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            self._skip(message, local)
+        if not (self._upload(local, path) or (self._thin_out() and self._upload(local, path))):
+            shutil.rmtree(local, ignore_errors=True)
+            self._missed.add_of_store(message.branch, message.step)
             return
+        self._missed.end()
         self._local[path] = local
         register = partial(
             register_checkpoint, job_id=job_id, attempt=attempt, message=message, path=path
@@ -260,19 +261,16 @@ class Recorder:
             self._ledger.write_soon(register)
             self._thin_out()
 
-    def _skip(self, message: CheckpointSaved, local: Path) -> None:
-        """The store is full: training goes on without this checkpoint."""
-        shutil.rmtree(local, ignore_errors=True)
-        operation = partial(
-            engine.note,
-            job_id=self._scratch.job_id,
-            attempt=self._scratch.attempt,
-            level="warn",
-            code="disk_full",
-            message=f"The store has no room for the checkpoint of step {message.step}.",
-            data={"branch": message.branch, "step": message.step},
-        )
-        self._ledger.write_soon(operation)
+    def _upload(self, local: Path, path: str) -> bool:
+        """Stores a checkpoint; False where the store is full."""
+        try:
+            self._storage.delete(path)  # of an upload that was broken off
+            self._storage.put_directory(local, path)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            return False
+        return True
 
     def _evaluated(self, message: Evaluated) -> DecisionReply:
         operation = partial(
@@ -288,8 +286,8 @@ class Recorder:
         self._thin_out()
         return reply
 
-    def _thin_out(self) -> None:
-        """Deletes checkpoints that are not worth keeping, here and in the store."""
+    def _thin_out(self) -> bool:
+        """Deletes checkpoints that are not worth keeping, here and in the store; whether there were any."""
         operation = partial(
             expire_checkpoints, job_id=self._scratch.job_id, attempt=self._scratch.attempt
         )
@@ -299,6 +297,7 @@ class Recorder:
             local = self._local.pop(path, None)
             if local is not None:
                 shutil.rmtree(local, ignore_errors=True)
+        return bool(paths)
 
     def _conclude(self, message: Finished | ExportFinished | EvaluationFinished) -> None:
         match message:
