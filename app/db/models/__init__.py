@@ -1,5 +1,6 @@
 """Tables, grouped by aggregate; importing this package registers them all."""
 
+from app.db.models.audit import AuditEntry
 from app.db.models.catalog import (
     BaseModel,
     Benchmark,
@@ -23,6 +24,7 @@ __all__ = [
     "Alias",
     "AliasChange",
     "ApiKey",
+    "AuditEntry",
     "BaseModel",
     "Benchmark",
     "BenchmarkVersion",
