@@ -22,7 +22,6 @@ from workers.training.session import (
     is_checkpoint_point,
     is_evaluation_point,
     obey,
-    save,
 )
 from workers.training.suite import planned_benchmarks
 
@@ -73,7 +72,7 @@ def begin(session: Session) -> None:
     start_task(run)
     run.teacher.check()
     session.has_started = True
-    save(session, is_evaluated=False)
+    session.saver.save(run, is_evaluated=False)
     base = session.plan.base
     if session.plan.stages:
         session.talk.note(
@@ -127,6 +126,7 @@ def train(session: Session) -> DecisionReply:
         run.workload.end_step(metrics.seconds)
         talk.add_metrics(metrics)
         session.report()
+        session.saver.announce()
         has_timed = run.executed - timed_from >= TIMED_STEPS or is_evaluation_point(session)
         if has_timed and not session.is_planned:
             choose_evaluations(session)
@@ -135,7 +135,7 @@ def train(session: Session) -> DecisionReply:
             if reply is not None:
                 return reply
         elif is_checkpoint_point(session):
-            save(session, is_evaluated=False)
+            session.saver.save_beside(run)
 
 
 def evaluate(session: Session, *, is_last: bool = False) -> DecisionReply | None:
@@ -181,7 +181,7 @@ def leave(session: Session, request: StopRequested) -> None:
     """Saves where there is something to save and the job is not cancelled; then says goodbye."""
     run, talk = session.run, session.talk
     if session.has_started and request.mode != "cancel":
-        save(session, is_evaluated=False)
+        session.saver.save(run, is_evaluated=False)
     session.report(now=True)
     talk.ask(Stopped(id=talk.next_id(), mode=request.mode, branch=run.branch, step=run.step))
 

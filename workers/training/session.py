@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from app.domain.decisions import ControllerState, Diagnosis
 from app.domain.messages import (
-    CheckpointSaved,
     DecisionReply,
     Evaluated,
     Order,
@@ -23,10 +22,11 @@ from app.domain.runplan import RunPlan
 from app.domain.sensing import holds, read_sensor
 from workers.data.tokens import TokenStore
 from workers.export.interpolate import Interpolation
-from workers.training.checkpoints import DiskFull, load_checkpoint, make_carry, save_checkpoint
+from workers.training.checkpoints import load_checkpoint, make_carry
 from workers.training.conversation import Conversation
 from workers.training.diagnosis import diagnose, find_regression, rehearse
 from workers.training.loop import Run
+from workers.training.saving import Saver
 from workers.training.suite import Marks, Suite
 
 NOT_FINITE_LIMIT = 3  # such steps in a row end in an evaluation
@@ -53,12 +53,15 @@ class Session:
     )
     has_started: bool = False  # there is a state worth a checkpoint
     orders: list[Order] = field(default_factory=list)  # not applied yet
-    saved_at: tuple[int, int] | None = None  # (branch, step) of the last checkpoint
-    saved_bytes: int = 0
     phase: str = "loading"
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     phase_began: float = field(default_factory=time.perf_counter)
     evaluation_seconds: float = 0.0  # of the last one
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checkpoints go to the job's scratch directory."""
+        self.saver = Saver(self.talk, self.scratch, self.plan.attempt)
 
     @property
     def scratch(self) -> Path:
@@ -117,49 +120,6 @@ def is_checkpoint_point(session: Session) -> bool:
     return interval is not None and session.run.step % interval == 0
 
 
-def save(session: Session, *, is_evaluated: bool) -> bool:
-    """Saves and registers a checkpoint; False where the disk is full, which is only warned of."""
-    run, talk = session.run, session.talk
-    if session.saved_at == (run.branch, run.step):
-        return True  # the state of a branch at a step is one
-    saved, problem = None, False
-    if run.ranks.is_speaker:
-        try:
-            saved = save_checkpoint(
-                run, session.scratch, session.plan.attempt, last_size=session.saved_bytes
-            )
-        except DiskFull:
-            problem = True
-            talk.note(
-                "warn",
-                "disk_full",
-                f"No room for the checkpoint of step {run.step}; training goes on without it.",
-                step=run.step,
-            )
-    if run.ranks.broadcast(problem):
-        return False
-    last = run.history[-1] if run.history else None
-    metrics = {
-        "train_loss": None if last is None else last.train_loss,
-        "train_mean_token_accuracy": None if last is None else last.train_mean_token_accuracy,
-    }
-    talk.ask(
-        CheckpointSaved(
-            id=talk.next_id(),
-            branch=run.branch,
-            step=run.step,
-            directory="" if saved is None else str(saved.directory),
-            manifest_sha256="" if saved is None else saved.manifest_sha256,
-            size_bytes=0 if saved is None else saved.size_bytes,
-            metrics=metrics,
-            is_evaluated=is_evaluated,
-        )
-    )
-    session.saved_at = (run.branch, run.step)
-    session.saved_bytes = 0 if saved is None else saved.size_bytes
-    return True
-
-
 def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
     """Saves the checkpoint, measures it and waits for the decision; None where the disk is full."""
     run, talk = session.run, session.talk
@@ -176,7 +136,7 @@ def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
             "valid_mean_token_accuracy": _finite(valid_accuracy),
         }
         run.history[-1] = run.history[-1].model_copy(update={"values": values})
-    if not save(session, is_evaluated=True):
+    if not session.saver.save(run, is_evaluated=True):
         if is_last:
             raise OSError("no room for the last checkpoint")  # a crash: tried again elsewhere
         session.enter(came_from)
