@@ -69,9 +69,10 @@ class Talk:
 class Script:
     """The scenarios, and what they share."""
 
-    def __init__(self, plan: dict[str, Any], talk: Talk) -> None:
+    def __init__(self, plan: dict[str, Any], talk: Talk, pace: float) -> None:
         self.plan = plan
         self.talk = talk
+        self.pace = pace  # seconds of a step, in scenarios that take their time
         self.scratch = Path(plan["scratch_directory"])
         resume = plan.get("resume")
         self.branch = plan.get("branch", 0)
@@ -127,7 +128,7 @@ class Script:
             is_evaluated=is_evaluated,
         )
 
-    def evaluate(self, *, valid_loss: float = 1.0) -> dict[str, Any]:
+    def evaluate(self, *, valid_loss: float = 1.0, losses_finite: bool = True) -> dict[str, Any]:
         self.save(is_evaluated=True)
         return self.talk.ask(
             "evaluated",
@@ -140,6 +141,7 @@ class Script:
             train_loss=1.0,
             seconds=0.1,
             carry=CARRY,
+            losses_finite=losses_finite,
         )
 
     def train_to(self, step: int, *, save_every: int = 10) -> None:
@@ -193,7 +195,72 @@ class Script:
                 self.talk.ask("stopped", mode=heard["mode"], branch=self.branch, step=self.step)
                 sys.exit(75)
 
+    def pause_a_step(self) -> None:
+        """Takes the time of a step; leaves where it is told to meanwhile."""
+        heard = self.talk.hear_within(max(self.pace, 0.001))
+        told = [*self.talk.unasked, *([] if heard is None else [heard])]
+        self.talk.unasked = []
+        for message in told:
+            if message["type"] == "stop_requested":
+                if message["mode"] != "cancel":
+                    self.save()
+                mode = message["mode"]
+                self.talk.ask("stopped", mode=mode, branch=self.branch, step=self.step)
+                sys.exit(75)
+
     # ---- scenarios
+
+    def paced(self, *, bad_at: int = 0, die_at: int = 0, big_from: int = 0) -> None:
+        """Takes its time, saves every fifth step, stops when told to, resumes from wherever it was."""
+        resume = self.plan.get("resume")
+        reply = resume and resume["decision"]
+        if resume is None:
+            self.save()
+        while not (reply and reply["finish"]):
+            self.step += 1
+            self.progress()
+            self.pause_a_step()
+            if self.step == die_at:
+                sys.exit(1)
+            if self.branch == 0 and self.step == bad_at:
+                self.go_back(self.evaluate(losses_finite=False))
+            elif self.step == self.total:
+                reply = self.evaluate()
+            elif self.step % 5 == 0:
+                self.save(padding=200_000 if 0 < big_from <= self.step else 0)
+        self.finish(reply)
+
+    def rolls_back(self) -> None:
+        """Numbers that are not finite at step 12 of the first branch: the answer is a rollback."""
+        self.paced(bad_at=12)
+
+    def go_back(self, reply: dict[str, Any]) -> None:
+        target = reply["roll_back"]
+        self.branch, self.step = target["branch"], target["step"]
+
+    def poisons(self) -> None:
+        """Of 13 steps, it ends at its first, each time; any other job is fine."""
+        self.paced(die_at=1 if self.total == 13 else 0)
+
+    def fills_the_disk(self) -> None:
+        """From step 10 on its checkpoints are too large for its worker's store."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+        self.paced(big_from=10)
+
+    def needs_another_device(self) -> None:
+        """Its GPU fails in the first two attempts."""
+        if self.plan["attempt"] <= 2:
+            sys.exit(71)
+        self.paced()
+
+    def freezes_once(self) -> None:
+        """Stops dead in the first attempt, as a hung kernel does."""
+        self.progress()
+        if self.plan["attempt"] == 1:
+            self.save()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self.paced()
 
     def whole(self) -> None:
         self.run_to_the_end()
@@ -358,9 +425,10 @@ def main() -> None:
     parser.add_argument("scenario")
     parser.add_argument("--plan", required=True)
     parser.add_argument("--socket", required=True)
+    parser.add_argument("--pace", type=float, default=0.0)
     options = parser.parse_args()
     plan = json.loads(Path(options.plan).read_text())
-    script = Script(plan, Talk(options.socket))
+    script = Script(plan, Talk(options.socket), options.pace)
     getattr(script, options.scenario)()
 
 

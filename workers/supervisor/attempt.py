@@ -123,9 +123,11 @@ class Attempt:
         channel = Channel()
         try:
             process = self._start(prepared, channel)
+            self._lease.at_loss(process.end)
             try:
                 reason = self._listen(process, channel)
             finally:
+                self._lease.at_loss(None)
                 channel.close()
                 process.kill()
             self._conclude(process, reason)
