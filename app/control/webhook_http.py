@@ -11,6 +11,7 @@ from typing import Any
 
 import httpcore
 
+from app.control.webhook_streams import connect
 from app.domain.addresses import is_public_address
 
 CONNECT_SECONDS = 3.0
@@ -21,6 +22,7 @@ MAX_READ_BYTES = 16 * 1024
 MAX_KEPT_BYTES = 2 * 1024
 
 Resolver = Callable[[str, int], Awaitable[list[str]]]
+Connector = Callable[[str, int, float | None], Awaitable[httpcore.AsyncNetworkStream]]
 
 
 @functools.cache
@@ -56,18 +58,20 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
     checks the host of the URL.
     """
 
-    def __init__(self, *, allow_private: bool, resolver: Resolver = resolve) -> None:
-        self._inner = httpcore.AnyIOBackend()
+    def __init__(
+        self, *, allow_private: bool, resolver: Resolver = resolve, connector: Connector = connect
+    ) -> None:
         self._allow_private = allow_private
         self._resolve = resolver
+        self._connect = connector
 
     async def connect_tcp(
         self,
         host: str,
         port: int,
         timeout: float | None = None,  # noqa: ASYNC109 - httpcore's interface
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
+        local_address: str | None = None,  # noqa: ARG002 - httpcore's interface
+        socket_options: Iterable[Any] | None = None,  # noqa: ARG002
     ) -> httpcore.AsyncNetworkStream:
         """Connects to a checked address of the host."""
         try:
@@ -85,9 +89,7 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         for address in addresses[:4]:
             ipaddress.ip_address(address.partition("%")[0])  # never a name to resolve again
             try:
-                return await self._inner.connect_tcp(
-                    address, port, timeout, local_address, socket_options
-                )
+                return await self._connect(address, port, timeout)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure
@@ -112,6 +114,7 @@ class WebhookClient:
     Args:
         allow_private: Whether loopback and private addresses may be called.
         resolver: How names become addresses.
+        connector: How a checked address is connected to.
         ssl_context: How certificates are checked; the system's roots by default.
         total_seconds: Deadline for everything, however slowly the receiver drips.
     """
@@ -121,6 +124,7 @@ class WebhookClient:
         *,
         allow_private: bool,
         resolver: Resolver = resolve,
+        connector: Connector = connect,
         ssl_context: ssl.SSLContext | None = None,
         total_seconds: float = TOTAL_SECONDS,
     ) -> None:
@@ -133,7 +137,9 @@ class WebhookClient:
             # Receivers close idle ones after 5 s at the earliest, as their servers come: it is we who do.
             max_keepalive_connections=MAX_IDLE,
             keepalive_expiry=IDLE_SECONDS,
-            network_backend=GuardedBackend(allow_private=allow_private, resolver=resolver),
+            network_backend=GuardedBackend(
+                allow_private=allow_private, resolver=resolver, connector=connector
+            ),
         )
 
     async def post(self, url: str, headers: dict[str, str], body: bytes) -> Reply:

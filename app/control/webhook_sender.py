@@ -161,7 +161,8 @@ class WebhookSender:
             self._lanes.ended(claim, None)
             raise
         self._lanes.ended(claim, time.monotonic() - began)
-        log.info(
+        say = log.debug if reply.error is None else log.info
+        say(
             "webhooks.tried",
             delivery=public_id("webhook_delivery", claim.delivery.id),
             tries=claim.delivery.tries + 1,

@@ -5,7 +5,6 @@ import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import httpcore
 import pytest
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from app.control.webhook_http import GuardedBackend, Reply, Resolver, WebhookClient
+from app.control.webhook_streams import connect
 from tests.app.control.receivers import Receiver, receiving
 
 PUBLIC = "93.184.216.34"
@@ -31,15 +31,17 @@ def answering(*answers: list[str]) -> tuple[Resolver, list[str]]:
     return resolver, asked
 
 
-class Wire(httpcore.AnyIOBackend):
+class Wire:
     """The network's place: notes the address, and connects to the receiver instead of the internet."""
 
     def __init__(self) -> None:
         self.addresses: list[str] = []
 
-    async def connect_tcp(self, host: str, port: int, *rest: Any, **named: Any) -> Any:
-        self.addresses.append(host)
-        return await super().connect_tcp("127.0.0.1", port, *rest, **named)
+    async def connect(
+        self, address: str, port: int, seconds: float | None
+    ) -> httpcore.AsyncNetworkStream:
+        self.addresses.append(address)
+        return await connect("127.0.0.1", port, seconds)
 
 
 def post(client: WebhookClient, url: str) -> Reply:
@@ -88,13 +90,10 @@ def receiver() -> Iterator[Receiver]:
         yield running
 
 
-def test_a_name_that_changes_its_mind_changes_nothing(
-    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_changes_its_mind_changes_nothing(receiver: Receiver) -> None:
     wire = Wire()
-    monkeypatch.setattr(httpcore, "AnyIOBackend", lambda: wire)
     resolver, asked = answering([PUBLIC], ["127.0.0.1"])
-    client = WebhookClient(allow_private=False, resolver=resolver)
+    client = WebhookClient(allow_private=False, resolver=resolver, connector=wire.connect)
     url = receiver.url.replace("127.0.0.1", "rebinding.test")
     assert post(client, url).status == 200
     assert (asked, wire.addresses) == (["rebinding.test"], [PUBLIC])
