@@ -51,13 +51,18 @@ def save_progress(
         "step": message.step,
         "total_steps": message.total_steps,
         "phase": message.phase,
-        "seconds_remaining": message.seconds_remaining,
+        "finish_at": _finish_at(session, message.seconds_remaining),
         "trained_tokens": message.trained_tokens,
     }
     session.flush()
     for metrics in sample_metrics(message.metrics, message.total_steps):
         _add_metrics(session, job, metrics, message.total_steps)
     return answer
+
+
+def _finish_at(session: Session, seconds: float | None) -> float | None:
+    """When so many seconds will be over, on the database's clock: readers and workers may have others."""
+    return None if seconds is None else round(JobRepository(session).read_clock() + seconds, 1)
 
 
 def sample_metrics(metrics: Sequence[StepMetrics], total_steps: int) -> list[StepMetrics]:

@@ -18,11 +18,8 @@ from workers.training.exporting import artifact_kind, write_artifact
 from workers.training.session import Session
 from workers.training.shifting import report_shift
 from workers.training.student import distil_student
-from workers.training.suite import Marks
+from workers.training.suite import FRONTIER_ITEMS, FRONTIER_POINTS, Marks
 from workers.training.tasks import store_name
-
-FRONTIER_POINTS = 11
-FRONTIER_ITEMS = 300  # gate items a benchmark and point
 
 
 @dataclass(frozen=True, slots=True)

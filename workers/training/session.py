@@ -1,7 +1,6 @@
 """An attempt under way: the run, its suite, and the operations between steps."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from app.domain.decisions import ControllerState, Diagnosis
+from app.domain.forecast import Forecast, Seen, count_evaluations
 from app.domain.messages import (
     DecisionReply,
     Evaluated,
@@ -31,7 +31,6 @@ from workers.training.suite import Marks, Suite
 
 NOT_FINITE_LIMIT = 3  # such steps in a row end in an evaluation
 REPAIR_STEPS = 20  # the search's grid is alpha = k / 20
-RECENT_STEPS = 50  # behind the estimate of the remaining time
 
 
 @dataclass
@@ -57,6 +56,7 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     phase_began: float = field(default_factory=time.perf_counter)
     evaluation_seconds: float = 0.0  # of the last one
+    forecast: Forecast = field(default_factory=Forecast)
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,19 +88,20 @@ class Session:
             branch=run.branch,
             step=run.step,
             total_steps=run.training.total_steps,
-            seconds_remaining=self._seconds_remaining(),
+            seconds_remaining=self._foresee(),
             trained_tokens=run.trained_tokens,
             phase=self.phase,
         )
 
-    def _seconds_remaining(self) -> float | None:
-        recent = self.run.history[-RECENT_STEPS:]
-        if not recent:
+    def _foresee(self) -> float | None:
+        """Seconds to the end; a student's training is not foreseen, so neither is the end."""
+        run, total = self.run, self.run.training.total_steps
+        self.forecast.see(Seen(time.perf_counter(), self.phase, run.step))
+        if self.plan.student is not None:
             return None
-        left = self.run.training.total_steps - self.run.step
-        evaluations = left / self.eval_interval if self.eval_interval else 0.0
-        seconds = statistics.median(row.seconds for row in recent)
-        return left * seconds + evaluations * self.evaluation_seconds
+        stages = [task.last_step for task in run.tasks]
+        evaluations = count_evaluations(run.step, total, self.eval_interval, stages)
+        return self.forecast.seconds_left(total - run.step, evaluations, self.suite.scoring())
 
 
 def is_evaluation_point(session: Session) -> bool:
@@ -127,6 +128,7 @@ def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
     came_from = session.phase
     session.enter("evaluating")
     valid_loss, valid_accuracy = session.validate()
+    session.forecast.validation_seconds = time.perf_counter() - started
     if (
         run.history
     ):  # before the checkpoint is saved, so that a resumed attempt's result file has it

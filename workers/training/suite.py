@@ -21,10 +21,14 @@ from app.domain.benchmarks import (
     split_items,
     unpack_array,
 )
+from app.domain.forecast import Scoring
 from app.domain.policy import Policy
 from app.domain.power import PlannedBenchmark, power
 from app.domain.runplan import BenchmarkPlan
 from app.domain.sensing import SensedBenchmark
+
+FRONTIER_POINTS = 11
+FRONTIER_ITEMS = 300  # gate items a benchmark and point of the line from base to tuned
 
 Indices = NDArray[np.int64]
 Half = Literal["gate", "report"]
@@ -126,6 +130,7 @@ class Suite:
     score: Score
     gate_items: int
     seconds: dict[str, float] = field(default_factory=dict)
+    _sizes: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # gate, report
 
     @classmethod
     def read(cls, plans: Sequence[BenchmarkPlan], score: Score, gate_items: int) -> "Suite":
@@ -166,6 +171,21 @@ class Suite:
             if watched.seconds_per_item is None:
                 self._score(watched, self.indices(watched, "gate", at_most=most))
         return {w.plan.name: w.seconds_per_item or 0.0 for w in self.benchmarks}
+
+    def scoring(self) -> Scoring:
+        """Seconds that scoring takes, by each benchmark's last pass."""
+
+        gate = report = point = 0.0
+        for watched in self.benchmarks:
+            key = (watched.plan.benchmark_version_id, self.gate_items)
+            if key not in self._sizes:  # asked at every step, and the split hashes every item
+                both = split_items(watched.item_ids, self.gate_items)
+                self._sizes[key] = (both[0].size, both[1].size)
+            sizes, seconds = self._sizes[key], watched.seconds_per_item or 0.0
+            gate += seconds * sizes[0]
+            report += seconds * sizes[1]
+            point += seconds * min(sizes[0], FRONTIER_ITEMS)
+        return Scoring(gate, report, (point,) * FRONTIER_POINTS)
 
     def sensed(
         self, marks: Marks, half: Half, *, at_most: int | None = None

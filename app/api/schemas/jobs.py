@@ -1,6 +1,7 @@
 """The job object, and what a job has: events, checkpoints, the frontier."""
 
-from datetime import UTC, datetime, timedelta
+import math
+import time
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -179,7 +180,7 @@ def show_job(shown: ShownJob) -> JobObject:
         error=None if job.error is None else _show_error(job.error),
         fine_tuned_model=version.name if version and version.status == "ready" else None,
         finished_at=unix_or_none(job.finished_at),
-        estimated_finish=_estimate_finish(job, progress),
+        estimated_finish=_estimate_finish(job),
         trained_tokens=job.trained_tokens,
         metadata=job.metadata_,
         user_provided_suffix=job.suffix,
@@ -306,12 +307,17 @@ def _show_progress(job: Job) -> ShownProgress:
         step=step,
         total_steps=total,
         percentage_done=100.0 if is_over else share,
-        seconds_remaining=0.0 if job.state.is_terminal else told.get("seconds_remaining"),
+        seconds_remaining=0.0 if job.state.is_terminal else _seconds_left(job),
         phase=None if job.state.is_terminal else told.get("phase"),
     )
 
 
-def _estimate_finish(job: Job, progress: ShownProgress) -> int | None:
-    if not job.state.is_leased or progress.seconds_remaining is None:
-        return None
-    return unix(datetime.now(UTC) + timedelta(seconds=progress.seconds_remaining))
+def _estimate_finish(job: Job) -> int | None:
+    """Never in the past while the job runs; null before its trainer has measured enough, and while it waits."""
+    finish = (job.progress or {}).get("finish_at") if job.state.is_leased else None
+    return None if finish is None else math.ceil(max(finish, time.time()))
+
+
+def _seconds_left(job: Job) -> float | None:
+    finish = (job.progress or {}).get("finish_at") if job.state.is_leased else None
+    return None if finish is None else round(max(finish - time.time(), 0.0), 1)

@@ -1,7 +1,7 @@
 """Named queries over jobs: the queue, the leases, and what belongs to one job."""
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -85,6 +85,13 @@ class JobRepository:
             .with_for_update(key_share=True)
             .execution_options(populate_existing=True)
         )
+
+    def read_clock(self) -> float:
+        """Seconds since 1970 on the database's clock."""
+        now: datetime = self._session.scalars(
+            select(func.clock_timestamp(type_=DateTime(timezone=True)))
+        ).one()
+        return now.timestamp()
 
     def count_leases(self, ttl: float) -> LeaseCounts:
         """Leases, and the expired ones among them; none counts as expired for one TTL after a server start."""

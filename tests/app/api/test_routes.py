@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -221,7 +222,7 @@ def test_a_job_shows_what_is_going_on(api: Api, base_with_general_data: BaseMode
     )  # the operator's file is not the project's to name
     job = api.session.get_one(Job, parse_id("job", made["id"]))
     api.session.refresh(job)
-    job.progress = {"step": 7, "seconds_remaining": 12.5, "phase": "training"}
+    job.progress = {"step": 7, "finish_at": time.time() + 12.5, "phase": "training"}
     job.state, job.worker_id, job.lease_expires_at, job.attempt = (
         JobState.RUNNING,
         "w",
@@ -235,10 +236,20 @@ def test_a_job_shows_what_is_going_on(api: Api, base_with_general_data: BaseMode
         "step": 7,
         "total_steps": total,
         "percentage_done": pytest.approx(700 / total),
-        "seconds_remaining": 12.5,
+        "seconds_remaining": pytest.approx(12.0, abs=1),
         "phase": "training",
     }
-    assert shown["estimated_finish"] > shown["created_at"]
+    assert 11 < shown["estimated_finish"] - time.time() < 14
+    job.progress = job.progress | {"finish_at": time.time() - 60}
+    api.session.commit()
+    overdue = api.client.get(f"/v1/fine_tuning/jobs/{made['id']}").json()
+    assert overdue["estimated_finish"] >= time.time() - 1
+    assert overdue["progress"]["seconds_remaining"] == 0
+    job.move_to(JobState.QUEUED)
+    job.worker_id = job.lease_expires_at = None
+    api.session.commit()
+    queued = api.client.get(f"/v1/fine_tuning/jobs/{made['id']}").json()
+    assert queued["estimated_finish"] is queued["progress"]["seconds_remaining"] is None
 
 
 def test_an_upload_with_a_key_is_kept_once(api: Api) -> None:

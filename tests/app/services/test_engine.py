@@ -559,11 +559,12 @@ class TestEvents:
             branch=0,
             step=1000,
             total_steps=1000,
-            seconds_remaining=0.0,
+            seconds_remaining=40.0,
             trained_tokens=10_000,
             phase="training",
             metrics=steps,
         )
+        began = time.time()
         answer = save_progress(session, job.id, 1, message, worker_id="worker", ttl=TTL)
         log = events(session, job)
         assert answer.stop_requested is None
@@ -573,6 +574,7 @@ class TestEvents:
         assert job.step == 1000
         assert job.progress is not None
         assert job.progress["phase"] == "training"
+        assert began + 39 < job.progress["finish_at"] < time.time() + 41
         assert session.scalar(select(Job.lease_expires_at > lease(TTL - 5)))
 
 
