@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pytest
 import safetensors.torch
@@ -241,7 +240,7 @@ def test_f20_damaged_files_are_refused_by_the_trainer_before_anything_is_loaded(
 
 @pytest.mark.slow
 def test_f20_without_any_valid_checkpoint_the_job_fails_and_says_so(fleet: Fleet):
-    job_id: UUID = fleet.submit(steps=60)
+    job_id = fleet.submit(steps=60)
     worker = fleet.worker()
     fleet.reaches(job_id, 7)
     worker.kill()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -155,7 +154,7 @@ def test_f09_database_crashes_lose_no_acknowledged_commit(fleet: Fleet, own_serv
         own_servers.stop_postgres(how)
         own_servers.start_postgres()
 
-    faults: dict[str, Callable[[], None]] = {
+    faults = {
         "immediate": lambda: restart(IMMEDIATE),
         "sigkill": lambda: restart(CRASH),
         "backend": kill_a_backend,

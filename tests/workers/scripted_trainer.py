@@ -73,6 +73,7 @@ class Script:
         self.plan = plan
         self.talk = talk
         self.pace = pace  # seconds of a step, in scenarios that take their time
+        self.big_from = 0  # checkpoints are large from this step on; 0: never
         self.scratch = Path(plan["scratch_directory"])
         resume = plan.get("resume")
         self.branch = plan.get("branch", 0)
@@ -112,6 +113,8 @@ class Script:
             / f"step-{self.step}"
         )
         directory.mkdir(parents=True)
+        if 0 < self.big_from <= self.step:
+            padding = 200_000
         content = f"weights of step {self.step}".encode() + bytes(padding)
         (directory / "model.safetensors").write_bytes(content)
         facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -210,7 +213,7 @@ class Script:
 
     # ---- scenarios
 
-    def paced(self, *, bad_at: int = 0, die_at: int = 0, big_from: int = 0) -> None:
+    def paced(self, *, bad_at: int = 0, die_at: int = 0) -> None:
         """Takes its time, saves every fifth step, stops when told to, resumes from wherever it was."""
         resume = self.plan.get("resume")
         reply = resume and resume["decision"]
@@ -227,7 +230,7 @@ class Script:
             elif self.step == self.total:
                 reply = self.evaluate()
             elif self.step % 5 == 0:
-                self.save(padding=200_000 if 0 < big_from <= self.step else 0)
+                self.save()
         self.finish(reply)
 
     def rolls_back(self) -> None:
@@ -246,7 +249,8 @@ class Script:
         """From step 10 on its checkpoints are too large for its worker's store."""
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
-        self.paced(big_from=10)
+        self.big_from = 10
+        self.paced()
 
     def needs_another_device(self) -> None:
         """Its GPU fails in the first two attempts."""
