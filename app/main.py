@@ -11,10 +11,12 @@ from typing import Any
 from cryptography.fernet import MultiFernet
 from fastapi import FastAPI
 
+from app.api.audit import AuditTrail
 from app.api.dependencies import Resources
 from app.api.errors import ErrorBody, install_error_handlers
 from app.api.limits import BodyLimits, RequestFrame
 from app.api.routes import (
+    audit_log,
     benchmarks,
     decisions,
     estimates,
@@ -102,10 +104,12 @@ def create_app(
         webhook_deliveries,
         keys,
         projects,
+        audit_log,
         health,
     ):
         app.include_router(noun.router)
     app.include_router(build_router())
+    app.add_middleware(AuditTrail)
     app.add_middleware(
         BodyLimits,
         max_bytes=settings.max_json_bytes,

@@ -12,10 +12,12 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
+from app.api.audit import name_place
 from app.api.uploads import Upload, discard_body, receive_upload, remove
 from app.db.session import SessionFactory, transaction
 from app.domain.scopes import Caller, Scope
 from app.errors import RetainError, Unauthorized
+from app.services.audit import find_trail, sign
 from app.services.files import too_large
 from app.services.idempotency import (
     Answer,
@@ -56,9 +58,10 @@ ResourcesDep = Annotated[Resources, Depends(get_resources)]
 
 
 def get_session(resources: ResourcesDep) -> Iterator[Session]:
-    """One transaction; it is committed before the answer goes out."""
+    """One transaction; it is committed before the answer goes out, with its entry in the audit log."""
     with transaction(resources.session_factory) as session:
         yield session
+        sign(session)
 
 
 # With the default scope the code after `yield` would run when the answer is already out.
@@ -102,6 +105,10 @@ async def get_caller(request: Request, resources: ResourcesDep, credentials: Bea
             f"The {allowance.scope} has sent its {allowance.limit:,} requests of this minute;"
             f" send again in {allowance.reset_seconds} s."
         )
+    trail = find_trail()
+    if trail is not None:
+        trail.name_caller(caller)
+        name_place(request.scope)
     return caller
 
 
@@ -179,7 +186,10 @@ class Writer:
         """
 
         def answer(session: Session) -> dict[str, Any]:
-            return work(session).model_dump(mode="json")
+            content = work(session).model_dump(mode="json")
+            made = content.get("id")
+            sign(session, made if isinstance(made, str) else None, status=status_code)
+            return content
 
         factory, attempt = self._resources.session_factory, self._attempt(caller, body)
         if attempt is None:

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from app.cli.audit import audit
 from app.cli.benchmarks import benchmarks
 from app.cli.decisions import decisions
 from app.cli.jobs import jobs
@@ -15,7 +16,7 @@ from app.cli.server import up
 from app.errors import RetainError
 
 EPILOG = (
-    "up, keys, projects, models add and models build-demo work on the data directory (RETAIN_DATA_DIR). The other"
+    "up, keys, projects, audit, models add and models build-demo work on the data directory (RETAIN_DATA_DIR). The other"
     " commands speak HTTP to RETAIN_BASE_URL (http://127.0.0.1:8000) with the key in RETAIN_API_KEY."
     " Exit status: 0 done, 1 it failed and the message says why, 2 wrong usage, 3 the watched job failed or"
     " was cancelled."
@@ -36,6 +37,7 @@ retain.add_typer(models, name="models")
 retain.add_typer(jobs, name="jobs")
 retain.add_typer(benchmarks, name="benchmarks")
 retain.add_typer(decisions, name="decisions")
+retain.add_typer(audit, name="audit")
 
 
 def main() -> None:

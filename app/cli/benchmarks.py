@@ -13,6 +13,7 @@ from app.cli.operator import DataDir, open_database, settings_for
 from app.cli.output import show, show_json, show_table, tell
 from app.db.session import transaction
 from app.domain.benchmarks import BenchmarkKind, Scorer
+from app.services.audit import sign
 from app.services.keys import DEFAULT_PROJECT, ensure_project
 from app.services.watched import list_required, release_benchmark, require_benchmark
 
@@ -109,10 +110,14 @@ def require(
     data_dir: DataDir = None,
 ) -> None:
     """Make every later job of a project watch a benchmark: no job can switch it off."""
-    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
-        required = require_benchmark(
-            session, ensure_project(session, project), name, weight=weight, limit=max_drop
-        )
+    settings = settings_for(data_dir)
+    with (
+        open_database(settings, command="retain benchmarks require") as factory,
+        transaction(factory) as session,
+    ):
+        project_id = ensure_project(session, project)
+        required = require_benchmark(session, project_id, name, weight=weight, limit=max_drop)
+        sign(session, required.benchmark.reference, project_id=project_id)
         reference, limit = required.benchmark.reference, required.limit
     tell(f"Every job of '{project}' is watched by {reference} from now on; limit {limit:g}.")
     show(reference)
@@ -125,8 +130,14 @@ def release(
     data_dir: DataDir = None,
 ) -> None:
     """Take a benchmark out of what a project requires."""
-    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
-        release_benchmark(session, ensure_project(session, project), name)
+    settings = settings_for(data_dir)
+    with (
+        open_database(settings, command="retain benchmarks release") as factory,
+        transaction(factory) as session,
+    ):
+        project_id = ensure_project(session, project)
+        release_benchmark(session, project_id, name)
+        sign(session, name, project_id=project_id)
     tell("Released.")
 
 

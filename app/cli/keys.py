@@ -4,11 +4,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
+from sqlalchemy.orm import Session
 
 from app.cli.operator import DataDir, open_database, settings_for
 from app.cli.output import show, show_table, tell
+from app.db.models import ApiKey
 from app.db.session import transaction
+from app.domain.identifiers import public_id
 from app.domain.scopes import DEFAULT_SCOPES, Scope, parse_scopes
+from app.services.audit import sign
 from app.services.keys import (
     DEFAULT_PROJECT,
     create_key,
@@ -41,7 +45,11 @@ def create(
     """Make a key and print it: this once, as only its digest is kept."""
     scopes = parse_scopes(scope) if scope else DEFAULT_SCOPES
     expires_at = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
-    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+    settings = settings_for(data_dir)
+    with (
+        open_database(settings, command="retain keys create") as factory,
+        transaction(factory) as session,
+    ):
         created = create_key(
             session,
             project_id=ensure_project(session, project),
@@ -49,6 +57,7 @@ def create(
             scopes=scopes,
             expires_at=expires_at,
         )
+        _sign(session, created.row)
     tell(f"Key '{name}' of project '{project}'; it is shown this once. Use it as RETAIN_API_KEY.")
     show(created.text)
 
@@ -86,8 +95,14 @@ def rotate(
     data_dir: DataDir = None,
 ) -> None:
     """Replace a key: a new one with its name, scopes and end; print it, this once."""
-    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
-        created = replace_key(session, find_key(session, key_id), overlap_hours * 3600)
+    settings = settings_for(data_dir)
+    with (
+        open_database(settings, command="retain keys rotate") as factory,
+        transaction(factory) as session,
+    ):
+        old = find_key(session, key_id)
+        created = replace_key(session, old, overlap_hours * 3600)
+        _sign(session, old, created.row)
     tell(
         f"Key '{created.row.name}'; it is shown this once. The old one ends in {overlap_hours:g} h."
     )
@@ -100,9 +115,23 @@ def revoke(
     data_dir: DataDir = None,
 ) -> None:
     """Revoke a key; within seconds it works nowhere."""
-    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+    settings = settings_for(data_dir)
+    with (
+        open_database(settings, command="retain keys revoke") as factory,
+        transaction(factory) as session,
+    ):
+        row = find_key(session, key_id)
         revoke_key(session, key_id)
+        _sign(session, row)
     tell("Revoked.")
+
+
+def _sign(session: Session, *rows: ApiKey) -> None:
+    sign(
+        session,
+        *(public_id("api_key", row.id) for row in rows),
+        project_id=rows[0].project_id,
+    )
 
 
 def _state(revoked_at: datetime | None, expires_at: datetime | None) -> str:

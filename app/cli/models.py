@@ -59,7 +59,7 @@ def add(
         raise BadRequest(
             f"A model of kind {kind} is never trained: it has no suite or rows.", "kind"
         )
-    with open_database(settings) as factory:
+    with open_database(settings, command="retain models add") as factory:
         if kind == CAUSAL_LM:
             model = add_model(
                 factory,
@@ -98,7 +98,7 @@ def build_demo(
         status = subprocess.run(command, stdout=sys.stderr, check=False).returncode  # noqa: S603
         if status != 0:
             raise Unavailable(f"Building the demo model failed (exit status {status}).")
-        with open_database(settings) as factory:
+        with open_database(settings, command="retain models build-demo") as factory:
             model = add_demo(factory, settings, name=name, directory=directory)
     _report(model)
 

@@ -8,6 +8,7 @@ from app.cli.operator import DataDir, open_database, settings_for
 from app.cli.output import show_table, tell
 from app.db.session import transaction
 from app.errors import BadRequest
+from app.services.audit import sign
 from app.services.projects import list_projects, set_quotas
 from app.services.quotas import show_usage, standard_quotas
 
@@ -57,8 +58,13 @@ def set_(
         raise BadRequest(
             "Name a quota: --max-queued-jobs, --max-running-jobs, --max-storage-bytes."
         )
-    with open_database(settings_for(data_dir)) as factory, transaction(factory) as session:
+    settings = settings_for(data_dir)
+    with (
+        open_database(settings, command="retain projects set") as factory,
+        transaction(factory) as session,
+    ):
         set_quotas(session, name, quotas)
+        sign(session, name)
     said = ", ".join(f"{quota} {text}" for quota, text in given.items() if text is not None)
     tell(f"Project '{name}': {said}.")
 

@@ -29,6 +29,7 @@ PREFIXES: Final = {
     "monitor": "mon_",
     "monitor_look": "look_",
     "api_key": "key_",
+    "audit_entry": "audit_",
 }
 
 _CHECKPOINT: Final = re.compile(r"(?P<version>ft:.+):ckpt-step-(?P<step>[0-9]{1,9})")

@@ -25,12 +25,13 @@ class Scope(StrEnum):
     RESULTS_ACT = "results:act"  # posted results may raise strengths and roll back
     WEBHOOKS_ADMIN = "webhooks:admin"
     KEYS_ADMIN = "keys:admin"  # make and revoke keys
+    AUDIT_READ = "audit:read"  # who changed what in the project
 
 
-#: A key that is made without naming scopes: everything but making further keys and passing gates.
-DEFAULT_SCOPES = tuple(
-    scope for scope in Scope if scope not in {Scope.KEYS_ADMIN, Scope.MODELS_FORCE}
-)
+#: What a key gets only by name: making further keys, passing gates, watching the others.
+_NAMED_ONLY = {Scope.KEYS_ADMIN, Scope.MODELS_FORCE, Scope.AUDIT_READ}
+#: A key that is made without naming scopes.
+DEFAULT_SCOPES = tuple(scope for scope in Scope if scope not in _NAMED_ONLY)
 
 
 @dataclass(frozen=True)

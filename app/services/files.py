@@ -17,6 +17,7 @@ from app.domain.benchmarks import Scorer
 from app.domain.jsonlines import number_lines, parse_object, read_lines
 from app.domain.rows import check_items, check_rows
 from app.errors import BadRequest, Conflict, TooLarge
+from app.services.audit import sign
 from app.services.ingest import ingest
 from app.services.storage import Storage, Stored
 
@@ -197,6 +198,7 @@ def delete_file(factory: SessionFactory, storage: Storage, project_id: UUID, fil
         if use is not None:
             raise Conflict(f"The file is in use by {use}.", "file_id", "file_in_use")
         repository.mark_deleted(file)
+        sign(session)
     storage.delete(file.path)
 
 

@@ -20,6 +20,7 @@ from app.domain.configs.base import CAUSAL_LM, ModelKind
 from app.domain.identifiers import public_id
 from app.domain.requests import CreateBenchmark
 from app.errors import BadRequest, Conflict
+from app.services.audit import sign
 from app.services.benchmarks import create_benchmark
 from app.services.files import EVALS, FINE_TUNE, CheckedFile, NewFile, add_file, store_checked
 from app.services.model_files import check_kind, copy_files, open_source, read_facts
@@ -156,6 +157,7 @@ def _register(factory: SessionFactory, settings: Settings, new: NewModel) -> Bas
                 for benchmark, weight in new.benchmarks.items()
             ]
             catalog.add_model(model, suite)
+            sign(session, new.name)
         undo.pop_all()
     return model
 
@@ -222,6 +224,7 @@ def add_operator_benchmark(
         row = add_file(session, None, checked)
         body = CreateBenchmark(name=name, file=public_id("file", row.id), kind=kind, scorer=scorer)
         _, version = create_benchmark(session, None, body)
+        sign(session, name)
         return version
 
 

@@ -16,6 +16,7 @@ from app.domain.requests import PublishPoint
 from app.domain.spec import ExportSpec, JobSpec
 from app.domain.states import JobKind, JobState
 from app.errors import Conflict, Forbidden
+from app.services.audit import sign
 from app.services.decisions import START
 from app.services.evaluations import row_id
 from app.services.events import add_job_event
@@ -84,6 +85,7 @@ def delete_version(factory: SessionFactory, storage: Storage, project_id: UUID, 
         if used:
             raise Conflict(f"model: {', '.join(used)} points at '{name}'.", "model", "model_in_use")
         repository.mark_deleted(version)
+        sign(session)
     if version.path is not None:
         storage.delete(version.path)
 

@@ -11,6 +11,7 @@ from app.db.session import transaction
 from app.domain.identifiers import parse_id
 from app.domain.keys import CreateKey, RotateKey
 from app.services import keys
+from app.services.audit import sign
 
 router = APIRouter(prefix="/v1/api_keys", tags=["keys"])
 
@@ -66,5 +67,6 @@ def revoke_api_key(api_key_id: str, caller: KeysAdmin, resources: ResourcesDep) 
     with transaction(resources.session_factory) as session:
         row = keys.get_key(session, caller.project_id, key)
         keys.revoke_key(session, row.key_id, project_id=caller.project_id)
+        sign(session)
     resources.known_keys.forget(row.key_id)
     return Deleted(id=api_key_id, object="api_key")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from app.db.models import Evaluation
+from app.db.models import AuditEntry, Evaluation
 from app.domain.external import CreateRun
 from app.domain.identifiers import public_id
 from app.domain.monitors import CreateMonitor
@@ -80,8 +80,13 @@ def foreign(api: Api) -> dict[str, str]:
         "sources": ["s"],
     }
     monitor = create_monitor(session, owner.id, CreateMonitor.model_validate(monitored)).monitor
+    noted = AuditEntry(
+        project_id=owner.id, actor="a", method="POST", route="r", object_ids=[], status=200
+    )
+    session.add(noted)
     session.commit()
     return {
+        "audit_entry_id": public_id("audit_entry", noted.id),
         "file_id": public_id("file", make_file(session, owner).id),
         "upload_id": public_id("upload", upload.id),
         "fine_tuning_job_id": public_id("job", job.id),
@@ -208,6 +213,7 @@ def test_nothing_foreign_is_listed(api: Api, foreign: dict[str, str]) -> None:
         "/v1/webhook_endpoints": "webhook_endpoint_id",
         "/v1/api_keys": "api_key_id",
         "/v1/benchmark_results": "evaluation_id",
+        "/v1/audit_log": "audit_entry_id",
     }
     paged = {
         endpoint.path
