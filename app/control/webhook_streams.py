@@ -6,7 +6,9 @@ from typing import Any
 
 import httpcore
 
-_READ_AHEAD = 64 * 1024  # bytes that are buffered before the receiver is held up
+#: Of an answer no more than this is read: 16 KiB of body, and as much before it.
+MAX_ANSWER_BYTES = 32 * 1024
+_READ_BYTES = 4 * 1024  # at once
 
 
 class Stream(httpcore.AsyncNetworkStream):
@@ -16,13 +18,18 @@ class Stream(httpcore.AsyncNetworkStream):
         self._reader = reader
         self._writer = writer
         self._unsent = bytearray()
+        self.num_left = MAX_ANSWER_BYTES
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's interface
         """What comes next; nothing when the receiver has hung up."""
         try:
             async with asyncio.timeout(timeout):
                 await self._send()
-                return await self._reader.read(max_bytes)
+                if self.num_left == 0:
+                    raise httpcore.RemoteProtocolError("the answer does not end")
+                received = await self._reader.read(min(max_bytes, _READ_BYTES, self.num_left))
+                self.num_left -= len(received)
+                return received
         except TimeoutError:
             raise httpcore.ReadTimeout("nothing came in time") from None
         except OSError as error:
@@ -64,6 +71,7 @@ class Stream(httpcore.AsyncNetworkStream):
         if self._unsent:
             self._writer.write(bytes(self._unsent))
             self._unsent.clear()
+            self.num_left = MAX_ANSWER_BYTES  # of the next answer
             await self._writer.drain()
 
 
@@ -71,7 +79,7 @@ async def connect(address: str, port: int, seconds: float | None) -> httpcore.As
     """A connection to an IP address, made within so many seconds."""
     try:
         async with asyncio.timeout(seconds):
-            reader, writer = await asyncio.open_connection(address, port, limit=_READ_AHEAD)
+            reader, writer = await asyncio.open_connection(address, port, limit=MAX_ANSWER_BYTES)
     except TimeoutError:
         raise httpcore.ConnectTimeout("no connection in time") from None
     except OSError as error:

@@ -119,12 +119,15 @@ def endless_continue(handler: Handler) -> None:
 
 @contextmanager
 def receiving(
-    *answers: Answer, host: str = "127.0.0.1", context: ssl.SSLContext | None = None
+    *answers: Answer,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    context: ssl.SSLContext | None = None,
 ) -> Iterator[Receiver]:
-    """A running receiver; without answers it says 200."""
+    """A running receiver, on any free port or a given one; without answers it says 200."""
     receiver = Receiver(answers=list(answers) or [status(200)])
     kind: Any = type("BoundHandler", (Handler,), {"receiver": receiver})
-    server = ThreadingHTTPServer((host, 0), kind)
+    server = ThreadingHTTPServer((host, port), kind)
     server.daemon_threads = True
     if context is not None:
         server.socket = context.wrap_socket(server.socket, server_side=True)

@@ -54,11 +54,10 @@ def post(client: WebhookClient, url: str) -> Reply:
     return asyncio.run(once())
 
 
-@pytest.fixture
-def certificates(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server that is `hook.test`, and a client that trusts who says so."""
+def make_certificates(directory: Path, host: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server that is this host, and a client that trusts who says so."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hook.test")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
     now = datetime.now(UTC)
     certificate = (
         x509.CertificateBuilder()
@@ -68,7 +67,7 @@ def certificates(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("hook.test")]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -78,10 +77,15 @@ def certificates(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    (tmp_path / "chain.pem").write_bytes(pem + private)
+    (directory / "chain.pem").write_bytes(pem + private)
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(tmp_path / "chain.pem")
+    server.load_cert_chain(directory / "chain.pem")
     return server, ssl.create_default_context(cadata=pem.decode())
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    return make_certificates(tmp_path, "hook.test")
 
 
 @pytest.fixture
