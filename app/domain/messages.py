@@ -112,6 +112,9 @@ class Evaluated(Frozen):
     train_loss: float | None
     seconds: float
     carry: Carry
+    values: dict[str, float | None] = Field(
+        default_factory=dict
+    )  # of pairs of answers: `valid_reward_margin`, `valid_reward_accuracy`, ...
     losses_finite: bool = True  # False: the training or validation loss is NaN or infinite
     diagnosis: Diagnosis | None = None  # where the scores show a regression
 

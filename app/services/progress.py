@@ -89,6 +89,7 @@ def record_point(session: Session, job_id: UUID, attempt: int, message: Evaluate
             "train_loss": message.train_loss,
             "valid_loss": message.valid_loss,
             "valid_mean_token_accuracy": message.valid_mean_token_accuracy,
+            **message.values,
         }
         losses = ", ".join(
             f"{word} loss={value:.4f}"

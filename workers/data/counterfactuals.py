@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.domain.conversations import ChatRow
-from app.domain.rows import CompletionRow, Row, counterpart
+from app.domain.rows import CompletionRow, Row, TextRow, counterpart
 from app.domain.runplan import RowsPlan
 from workers.data.masks import Encoder, Ids, Weights, tokenizer_sha256
 from workers.data.rendering import Renderer
@@ -167,8 +167,10 @@ def with_question(row: Row, parts: Sequence[str]) -> Row:
 
 def answers(row: Row) -> list[str]:
     """The texts of a row that are learned, calls of tools as JSON."""
+    if isinstance(row, CompletionRow):
+        return [row.completion]
     if not isinstance(row, ChatRow):
-        return [row.completion] if isinstance(row, CompletionRow) else [row.text]
+        return [row.text] if isinstance(row, TextRow) else []
     found = []
     for message in row.messages:
         if message.is_learned:

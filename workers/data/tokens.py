@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from app.domain.conversations import PreferenceRow
 from app.domain.jsonlines import read_lines
 from app.domain.overlap import drop_overlapping, item_texts, row_texts
 from app.domain.rows import TRAINING_FILE, Row, iter_items, iter_rows
@@ -31,7 +32,7 @@ _DTYPES: Final = {"I32": np.int32, "I64": np.int64, "F32": np.float32}
 class Finding:
     """Something the owner of the file should know; `lines` lists the first 20 it applies to, from 1."""
 
-    code: str  # `truncated_rows`, `no_supervised_tokens` or `overlaps_benchmark`
+    code: str  # `truncated_rows`, `no_supervised_tokens`, `overlaps_benchmark` or `identical_pairs`
     message: str
     count: int
     lines: tuple[int, ...]
@@ -106,7 +107,7 @@ def load_tokens(
         TrainingFailed: A row is invalid, the template unusable, or no row has a token to learn.
     """
     renderer = Renderer(tokenizer, chat_template=chat_template, param=param)
-    key = _cache_key(rows, tokenizer, renderer, chat_template, max_seq_length, benchmarks)
+    key = cache_key(rows, tokenizer, renderer, chat_template, max_seq_length, benchmarks)
     path = cache_directory / "tokens" / f"{key}.safetensors"
     if not path.exists():
         built = _build(Path(rows.path), renderer, tokenizer, max_seq_length, param, benchmarks)
@@ -125,7 +126,7 @@ def load_tokens(
     return store
 
 
-def _cache_key(
+def cache_key(
     rows: RowsPlan,
     tokenizer: Any,  # noqa: ANN401 - transformers is untyped
     renderer: Renderer,
@@ -133,6 +134,7 @@ def _cache_key(
     max_seq_length: int,
     benchmarks: Sequence[BenchmarkPlan],
 ) -> str:
+    """What the tokens of a file follow from, as one hash."""
     has_template = chat_template is not None or tokenizer.chat_template is not None
     parts = (
         CACHE_VERSION,
@@ -168,6 +170,7 @@ def _build(
             chosen = set(positions)
             overlapping += [line for i, (line, _) in enumerate(chunk) if i not in chosen]
             rows = [chunk[i] for i in positions]
+        _refuse_pairs(rows, param)
         rendered = [renderer.render_row(row) for _, row in rows]
         for (line, row), (ids, weights) in zip(rows, encoder.encode(rendered), strict=True):
             if len(ids) > max_seq_length:
@@ -185,6 +188,16 @@ def _build(
         findings=_findings(truncated, empty, overlapping, max_seq_length),
         environments=environments if any(environments) else (),
     )
+
+
+def _refuse_pairs(rows: Sequence[tuple[int, Row]], param: str) -> None:
+    for line, row in rows:
+        if isinstance(row, PreferenceRow):
+            raise TrainingFailed(
+                f"{param} line {line}: compares two answers; rows to learn from are needed here",
+                param,
+                "wrong_row_format",
+            )
 
 
 def read_chunks(path: Path, param: str) -> Iterator[list[tuple[int, Row]]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ from workers.training.loop import Run
 from workers.training.models import autocast_type, load_base, lora_pairs
 from workers.training.optimizers import make_optimizer
 from workers.training.outlook import show_the_run
+from workers.training.preferences import CHOSEN, REJECTED, Preferences
 from workers.training.ranks import Ranks
 from workers.training.strategies import build_strategies
 from workers.training.tasks import build_tasks, store_name
@@ -126,6 +128,12 @@ def assemble_run(
     student = SelectedLogits(model, autocast=autocast_type(training, device))
     ctx.num_layers = student.num_layers
     num_rows = [len(stores[store_name(stage)].lengths) for stage in range(ctx.num_tasks)]
+    lengths = {name: store.lengths for name, store in stores.items()}
+    preferences = None
+    if training.beta is not None:
+        # A pair is as long as the longer of its answers.
+        lengths[CHOSEN] = np.maximum(lengths[CHOSEN], lengths[REJECTED])
+        preferences = Preferences(training.beta, lengths[CHOSEN])
     run = Run(
         training=training,
         model=model,
@@ -138,7 +146,7 @@ def assemble_run(
         sampler=RowSampler(
             seed=training.seed,
             batch_size=training.batch_size,
-            lengths={name: store.lengths for name, store in stores.items()},
+            lengths=lengths,
         ),
         tasks=build_tasks(plan, num_rows, _trained(plan, params)),
         all_params=params,
@@ -147,6 +155,7 @@ def assemble_run(
         controller=first_controller(plan),
         spare_padding=_spare_padding(model, device),
         branch=plan.branch,
+        preferences=preferences,
     )
     show_the_run(plan, run)
     run.enter(0)

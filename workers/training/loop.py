@@ -17,13 +17,15 @@ from app.domain.decisions import ControllerState
 from app.domain.messages import StepMetrics
 from app.domain.spec import ResolvedTraining
 from app.errors import TrainingFailed
-from workers.data.batches import DOMAIN, Rows, RowSampler, build_micro, split_micros
+from workers.data.batches import Rows, RowSampler, build_micro, split_micros
 from workers.strategies.base import Strategy
 from workers.strategies.batch import Forward, Micro, Stream
 from workers.strategies.context import Context, LoraPair
 from workers.strategies.penalties import apply_pulls
 from workers.training.forward import SelectedLogits, Teacher, student_forward, wide
 from workers.training.measuring import Workload
+from workers.training.meter import Meter, domain_sums, task_weights
+from workers.training.preferences import Preferences, means
 from workers.training.ranks import Ranks
 from workers.training.schedule import learning_rate_factor
 from workers.training.tasks import Task, task_at
@@ -51,6 +53,7 @@ class Run:
     controller: ControllerState
     optimizer: torch.optim.Optimizer = field(init=False)  # of the task at hand
     spare_padding: int | None = None
+    preferences: Preferences | None = None  # of a run that compares answers
     streams: tuple[Stream, ...] = ()
     step: int = 0  # accepted steps; a rollback rewinds it
     branch: int = 0
@@ -161,7 +164,7 @@ def train_step(run: Run) -> StepMetrics:
     micros = _next_micros(run)  # [6]
     run.workload.add(micros)
     needs = [strategy.step_needs(ctx) for strategy in strategies]
-    meter = _Meter()
+    meter = Meter()
 
     def backward(some: Sequence[Micro], *, task_only: bool = False) -> None:
         speaking = () if task_only else strategies
@@ -233,7 +236,8 @@ def _set_learning_rates(run: Run) -> dict[str, float]:
 def _next_micros(run: Run) -> list[Micro]:
     """This rank's micro-batches of the step, planned alike on every rank, after every `edit_batch`."""
     drawn = run.sampler.draw(run.streams)
-    planned = split_micros(
+    split = split_micros if run.preferences is None else run.preferences.plan
+    planned = split(
         drawn,
         {name: store.lengths for name, store in run.stores.items()},
         max_tokens=run.training.max_tokens_per_micro_batch,
@@ -256,9 +260,11 @@ def _count(run: Run, micros: Sequence[Micro], strategies: Sequence[Strategy]) ->
     counts: dict[str, float] = {}
     for micro in micros:
         own: dict[str, float] = {
-            TASK_TOKENS: float(_task_weights(micro).sum()),
+            TASK_TOKENS: float(task_weights(micro).sum()),
             "tokens": float(micro.input_ids_BT.numel()),
         }
+        if run.preferences is not None:
+            own.update(run.preferences.count(micro))
         for strategy in strategies:
             own.update(strategy.count_terms(run.ctx, micro))
         for key, count in own.items():
@@ -266,22 +272,22 @@ def _count(run: Run, micros: Sequence[Micro], strategies: Sequence[Strategy]) ->
     return counts
 
 
-def _task_weights(micro: Micro) -> Tensor:
-    return micro.weights_N * micro.is_task_B[micro.row_of_N]
-
-
 def _loss(
     run: Run,
     micro: Micro,
     out: Forward,
     counts: Mapping[str, float],
-    meter: "_Meter",
+    meter: Meter,
     strategies: Sequence[Strategy],
 ) -> Tensor:
     """Sum of coef * numerator / step-wide count over the task's and the strategies' terms."""
     losses_N = F.cross_entropy(wide(out.logits_NV), micro.targets_N, reduction="none")
-    weighted_N = losses_N * _task_weights(micro)
+    weighted_N = losses_N * task_weights(micro)
     total = weighted_N.sum() / max(counts[TASK_TOKENS], 1e-12)
+    if run.preferences is None:
+        sums = domain_sums(micro, weighted_N)
+    else:
+        total, sums = run.preferences.loss(micro, losses_N, total, counts)
     values = {}
     for strategy in strategies:
         for term in strategy.loss_terms(run.ctx, micro, out):
@@ -289,41 +295,8 @@ def _loss(
                 addend = term.coef * term.numerator / max(counts[term.denominator_key], 1e-12)
                 total = total + addend
                 values[f"loss/{term.name}"] = addend.detach()
-    meter.add(micro, out.logits_NV, weighted_N, {"loss": total.detach(), **values})
+    meter.add(micro, out.logits_NV, {"loss": total.detach(), **values, **sums})
     return total
-
-
-class _Meter:
-    """Sums of a step, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self.tokens = 0  # read by all ranks, supervised and not
-
-    def count(self, counts: Mapping[str, float]) -> None:
-        self.tokens += int(counts.get("tokens", 0))
-
-    def add(
-        self, micro: Micro, logits_NV: Tensor, weighted_N: Tensor, values: Mapping[str, Tensor]
-    ) -> None:
-        with torch.no_grad():
-            is_domain_N = micro.source_mask_N(frozenset({DOMAIN}))
-            right_N = (logits_NV.argmax(-1) == micro.targets_N) & is_domain_N
-            sums = {
-                **values,
-                "domain_nats": (weighted_N.detach() * is_domain_N).sum(),
-                "domain_weight": (_task_weights(micro) * is_domain_N).sum(),
-                "domain_right": right_N.sum(),
-                "domain_tokens": is_domain_N.sum(),
-            }
-            for key, value in sums.items():
-                self._sums[key] = self._sums[key] + value if key in self._sums else value
-
-    def read(self) -> dict[str, float]:
-        if not self._sums:
-            return {}
-        numbers = torch.stack([value.double() for value in self._sums.values()]).tolist()
-        return dict(zip(self._sums, numbers, strict=True))
 
 
 def _snapshot(run: Run) -> dict[str, Tensor]:
@@ -371,6 +344,8 @@ def _metrics(
 ) -> StepMetrics:
     values: dict[str, float | None] = {"grad_norm": _finite(grad_norm)}
     values |= {key: _finite(v) for key, v in totals.items() if key.startswith("loss")}
+    if run.preferences is not None:
+        values |= {key: _finite(v) for key, v in means(totals, "train").items()}
     for strategy in run.strategies:
         for name, value in strategy.metrics().items():
             values[f"strategy/{strategy.kind}/{name}"] = _finite(float(value))

@@ -1,6 +1,7 @@
 """How an attempt begins: rows are read, the model is built, and the session is put together."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from app.domain.policy import Policy
 from app.domain.rows import TRAINING_FILE
 from app.domain.runplan import BasePlan, BenchmarkPlan, RowsPlan, RunPlan
+from workers.data.preferences import PairTokens, load_pair_tokens
 from workers.data.rendering import DEFAULT_CHAT_TEMPLATE
 from workers.data.tokens import TokenStore, load_tokens
 from workers.evaluation.evaluate import evaluate, validation_loss
@@ -17,14 +19,18 @@ from workers.training.blend import line_from_base
 from workers.training.build import build_run
 from workers.training.conversation import Conversation
 from workers.training.forward import SelectedLogits
+from workers.training.loop import Run
 from workers.training.measuring import held_bytes
 from workers.training.models import load_tokenizer
 from workers.training.pairs import add_pairs
+from workers.training.preferences import CHOSEN, REJECTED
 from workers.training.ranks import Ranks
-from workers.training.session import Session
+from workers.training.reference import meet_reference
+from workers.training.session import Session, Validated
 from workers.training.suite import Indices, Measured, Score, Suite, most_gate_items
 from workers.training.tasks import store_name
 
+VALIDATION = "validation"
 TIMED_STEPS = 5  # before the evaluation budget is spent; the first is a warm-up
 
 
@@ -34,32 +40,24 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
     Raises:
         TrainingFailed: The rows can't be trained on, or the model can't be built as asked.
     """
-    talk.progress(
-        now=True,
-        branch=plan.branch,
-        step=0,
-        total_steps=plan.training.total_steps,
-        seconds_remaining=None,
-        trained_tokens=0,
-        phase="loading",
-    )
+    _tell(plan, talk, "loading")
     held_before = held_bytes(device)
     tokenizer = load_tokenizer(plan.base)
     template = chat_template(plan.base)
     stores = _load_stores(plan, tokenizer, talk, ranks)
-    validation = stores.pop("validation", None)
+    validation, others = stores.pop(VALIDATION, None), stores.pop(f"{VALIDATION}-{REJECTED}", None)
     run = build_run(plan, stores, ranks, device)
     run.workload.held_before = held_before
     run.ctx.note = lambda code, text, data: talk.note("info", code, text, **data)
     add_pairs(plan, run, tokenizer, talk)
     policy = plan.policy or Policy()
     budget = plan.training.max_tokens_per_micro_batch
-
-    def validate() -> tuple[float | None, float | None]:
-        if validation is None:
-            return None, None
-        with evaluating(run.model), run.student.precision(device):
-            return validation_loss(run.model, validation, token_budget=budget)
+    if run.preferences is None:
+        validate = _shown_validation(run, validation, budget)
+    else:
+        _tell(plan, talk, "reference")
+        held_out = None if validation is None or others is None else PairTokens(validation, others)
+        validate = meet_reference(run, PairTokens(stores[CHOSEN], stores[REJECTED]), held_out)
 
     return Session(
         plan=plan,
@@ -80,6 +78,32 @@ def open_session(plan: RunPlan, talk: Conversation, ranks: Ranks, device: torch.
         eval_interval=first_interval(plan, run.ctx.num_training_rows),
         first_eval_step=1 if _interval_is_fixed(plan) else TIMED_STEPS + 1,
     )
+
+
+def _tell(plan: RunPlan, talk: Conversation, phase: str) -> None:
+    talk.progress(
+        now=True,
+        branch=plan.branch,
+        step=0,
+        total_steps=plan.training.total_steps,
+        seconds_remaining=None,
+        trained_tokens=0,
+        phase=phase,
+    )
+
+
+def _shown_validation(
+    run: Run, rows: TokenStore | None, token_budget: int
+) -> Callable[[], Validated]:
+    """The loss on rows that show an answer."""
+
+    def validate() -> Validated:
+        if rows is None:
+            return Validated()
+        with evaluating(run.model), run.student.precision(run.ctx.device):
+            return Validated(*validation_loss(run.model, rows, token_budget=token_budget))
+
+    return validate
 
 
 def make_score(
@@ -158,19 +182,23 @@ def _load_stores(
         for index, stage in enumerate(plan.stages)
     } or {"training": (plan.training_rows, TRAINING_FILE)}
     files["general"] = (plan.general_rows, "retention.general_data")
-    files["validation"] = (plan.validation_rows, "validation_file")
+    files[VALIDATION] = (plan.validation_rows, "validation_file")
     for name, (rows, param) in files.items():
         if rows is None:
             continue
-        stores[name] = store = load_tokens(
-            rows,
-            tokenizer,
-            chat_template=chat_template(plan.base),
-            max_seq_length=plan.training.max_seq_length,
-            cache_directory=Path(plan.cache_directory),
-            param=param,
-            benchmarks=plan.benchmarks if name == "general" else (),
-        )
+        how: Any = {
+            "chat_template": chat_template(plan.base),
+            "max_seq_length": plan.training.max_seq_length,
+            "cache_directory": Path(plan.cache_directory),
+            "param": param,
+        }
+        if plan.training.beta is not None and name != "general":
+            pairs = load_pair_tokens(rows, tokenizer, **how)
+            stores[name] = store = pairs.chosen
+            stores[REJECTED if name == CHOSEN else f"{name}-{REJECTED}"] = pairs.rejected
+        else:
+            how["benchmarks"] = plan.benchmarks if name == "general" else ()
+            stores[name] = store = load_tokens(rows, tokenizer, **how)
         for finding in store.findings:
             data = {"param": param, "count": finding.count, "lines": list(finding.lines)}
             talk.note("warn", finding.code, f"{param}: {finding.message}", **data)

@@ -16,6 +16,7 @@ from workers.training.checkpoints import (
 )
 from workers.training.conversation import Conversation
 from workers.training.loop import Run
+from workers.training.preferences import REWARDS
 from workers.training.snapshots import has_memory_for_copy, take_snapshot
 
 Point = tuple[int, int]  # branch and step
@@ -191,7 +192,10 @@ class Saver:
 
 def _last_metrics(run: Run) -> Metrics:
     last = run.history[-1] if run.history else None
-    return {
+    found = {
         "train_loss": None if last is None else last.train_loss,
         "train_mean_token_accuracy": None if last is None else last.train_mean_token_accuracy,
     }
+    if last is not None:
+        found |= {name: last.values[name] for name in REWARDS if name in last.values}
+    return found

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from app.domain.decisions import ControllerState, Diagnosis
 from app.domain.forecast import Forecast, Seen, count_evaluations
@@ -33,6 +34,14 @@ NOT_FINITE_LIMIT = 3  # such steps in a row end in an evaluation
 REPAIR_STEPS = 20  # the search's grid is alpha = k / 20
 
 
+class Validated(NamedTuple):
+    """What the validation rows say of the weights as they are: the nats of a token, or the loss of a pair."""
+
+    loss: float | None = None
+    token_accuracy: float | None = None
+    values: Mapping[str, float] = MappingProxyType({})  # of pairs: `valid_reward_margin`, ...
+
+
 @dataclass
 class Session:
     """What an attempt holds beside its run."""
@@ -43,7 +52,7 @@ class Session:
     tokenizer: Any
     suite: Suite
     validation: TokenStore | None
-    validate: Callable[[], tuple[float | None, float | None]]  # nats per token, token accuracy
+    validate: Callable[[], Validated]
     line: Callable[[], Interpolation]  # from the base to the weights of the call
     is_planned: bool  # the evaluation budget has chosen what the job left open
     eval_interval: int  # steps; 0: not chosen yet
@@ -127,8 +136,9 @@ def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
     started = time.perf_counter()
     came_from = session.phase
     session.enter("evaluating")
-    valid_loss, valid_accuracy = session.validate()
+    valid_loss, valid_accuracy, of_pairs = session.validate()
     session.forecast.validation_seconds = time.perf_counter() - started
+    rewards = {name: _finite(value) for name, value in of_pairs.items()}
     if (
         run.history
     ):  # before the checkpoint is saved, so that a resumed attempt's result file has it
@@ -136,6 +146,7 @@ def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
             **run.history[-1].values,
             "valid_loss": _finite(valid_loss),
             "valid_mean_token_accuracy": _finite(valid_accuracy),
+            **rewards,
         }
         run.history[-1] = run.history[-1].model_copy(update={"values": values})
     if not session.saver.save(run, is_evaluated=True):
@@ -163,6 +174,7 @@ def evaluate_point(session: Session, *, is_last: bool) -> DecisionReply | None:
             scores=session.suite.packed(marks, "gate"),
             valid_loss=_finite(valid_loss),
             valid_mean_token_accuracy=_finite(valid_accuracy),
+            values=rewards,
             train_loss=train_loss if losses else None,
             seconds=session.evaluation_seconds,
             carry=make_carry(run),
