@@ -107,8 +107,8 @@ class Stack:
                 session.scalars(select(kind).where(kind.job_id == job_id).order_by(kind.seq))
             )
 
-    def wait(self, holds: Callable[[], Any], what: str) -> Any:
-        deadline = time.monotonic() + WAIT_SECONDS
+    def wait(self, holds: Callable[[], Any], what: str, *, seconds: float = WAIT_SECONDS) -> Any:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = holds()
             if found:

@@ -53,7 +53,7 @@ class Fleet:
         """A new attempt runs so long after a death at most: lease, sweep, first wait and poll."""
         s = self.settings
         times = (s.lease_ttl_seconds * 13 / 12, s.reap_seconds, s.poll_seconds, SLACK_SECONDS)
-        return sum(times)
+        return allowed(sum(times))
 
     # ---- processes
 
@@ -198,6 +198,12 @@ class Fleet:
         assert job.state is state, (job.error, self.tail())
         return job
 
+    def holder(self, job_id: UUID) -> Process:
+        """The worker process that holds a job."""
+        worker_id = eventually(lambda: self.job(job_id).worker_id, "a worker has it")
+        pid = int(worker_id.split(":")[-2])
+        return next(process for process in self.processes.values() if process.pid == pid)
+
     def count(self, state: JobState) -> int:
         """How many jobs are in a state."""
         with transaction(self.factory) as session:
@@ -254,6 +260,11 @@ PASSED_ON = {
     *("poll_seconds", "stop_grace_seconds", "partition_grace_seconds", "stall_seconds"),
     *("max_crashes",),
 }
+
+
+def allowed(seconds: float) -> float:
+    """A bound that holds on an idle machine; longer where more wants to run than there are cores."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def signal_group(process: Process, number: signal.Signals) -> None:

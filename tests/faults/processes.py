@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 120.0
 
 
 def eventually(

@@ -14,7 +14,7 @@ from app.db.session import transaction
 from app.domain.identifiers import parse_id
 from app.domain.states import JobState
 from tests.faults.conftest import Servers
-from tests.faults.fleet import Client, Fleet, measured
+from tests.faults.fleet import Client, Fleet, allowed, measured
 from tests.faults.processes import eventually
 from tests.faults.proxy import Proxy
 
@@ -85,12 +85,12 @@ def test_f13_dead_broker_neither_slows_the_api_nor_keeps_jobs_waiting(
     try:
         ids, latencies = post_for(client, 4)
         for job_id in ids[:3]:
-            assert started_after(fleet, job_id) < 20
+            assert started_after(fleet, job_id) < allowed(20)
     finally:
         own_servers.redis.start()
     latencies.sort()
-    assert latencies[len(latencies) // 2] < 0.3
-    assert latencies[-1] < 1.0  # the one that finds Redis gone
+    assert latencies[len(latencies) // 2] < allowed(0.3)
+    assert latencies[-1] < allowed(1.0)  # the one that finds Redis gone
     measured(
         "F13",
         api_median_s=latencies[len(latencies) // 2],
@@ -109,11 +109,11 @@ def test_f14_stalled_broker_neither_slows_the_api_nor_stops_the_relay(fleet: Fle
         proxy.stall()
         ids, latencies = post_for(client, 4)
         for job_id in ids[:3]:
-            assert started_after(fleet, job_id) < 20
+            assert started_after(fleet, job_id) < allowed(20)
         proxy.resume()
         latencies.sort()
-        assert latencies[len(latencies) // 2] < 0.3
-        assert latencies[-1] < 1.0
+        assert latencies[len(latencies) // 2] < allowed(0.3)
+        assert latencies[-1] < allowed(1.0)
         waiting = fleet.submit(queue="nobody")
 
         def is_rung() -> bool:

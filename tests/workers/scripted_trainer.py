@@ -219,6 +219,8 @@ class Script:
         reply = resume and resume["decision"]
         if resume is None:
             self.save()
+        elif reply is None and (self.branch, self.step) == (0, bad_at):
+            self.go_back(self.evaluate(losses_finite=False))  # saved, but its decision never came
         while not (reply and reply["finish"]):
             self.step += 1
             self.progress()
