@@ -15,6 +15,7 @@ from app.domain.spec import ResolvedStudent
 from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import load_checkpoint
 from workers.training.exporting import artifact_kind, write_artifact
+from workers.training.preferences import CHOSEN, REJECTED
 from workers.training.session import Session
 from workers.training.shifting import report_shift
 from workers.training.student import distil_student
@@ -63,10 +64,12 @@ def finish(session: Session, reply: DecisionReply) -> None:
 
 def _measured(session: Session) -> Measured | None:
     run = session.run
+    names = [store_name(0)] if run.preferences is None else [CHOSEN, REJECTED]
+    lengths = [float(run.stores[name].lengths.mean()) for name in names]
     return run.workload.measured(
         run.ctx.device,
         world_size=run.ranks.world_size,
-        mean_row_tokens=float(run.stores[store_name(0)].lengths.mean()),
+        mean_row_tokens=sum(lengths) / len(lengths),
     )
 
 
