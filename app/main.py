@@ -6,15 +6,15 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
-from typing import Any
 
 from cryptography.fernet import MultiFernet
 from fastapi import FastAPI
 
 from app.api.audit import AuditTrail
 from app.api.dependencies import Resources
-from app.api.errors import ErrorBody, install_error_handlers
+from app.api.errors import install_error_handlers
 from app.api.limits import BodyLimits, RequestFrame
+from app.api.openapi import install_openapi, operation_id
 from app.api.routes import (
     audit_log,
     benchmarks,
@@ -49,10 +49,6 @@ POOL_SIZE = 15
 RESULTS_PATHS = ("/v1/benchmark_results", "/v1/runs/*/baseline", "/v1/runs/*/evaluations")
 MAX_RESULTS_BYTES = 16 * 2**20  # hundreds of thousands of items' scores
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 412, 413, 422, 429, 503)
-}
-
 
 def create_app(
     settings: Settings, session_factory: SessionFactory, *, cipher: MultiFernet | None = None
@@ -71,12 +67,11 @@ def create_app(
         lifespan=lifespan,
         title="Retain",
         version="0.1.0",
-        description="Fine-tunes language models without letting them forget.",
         docs_url="/docs" if settings.docs_enabled else None,
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs_enabled else None,
         redirect_slashes=False,
-        responses=ERRORS,
+        generate_unique_id_function=operation_id,
     )
     app.state.resources = Resources(
         settings=settings,
@@ -109,6 +104,7 @@ def create_app(
     ):
         app.include_router(noun.router)
     app.include_router(build_router())
+    install_openapi(app)
     app.add_middleware(AuditTrail)
     app.add_middleware(
         BodyLimits,

@@ -110,6 +110,13 @@ def envelope(
     return JSONResponse(content.model_dump(), status_code=status, headers=all_headers)
 
 
+def envelope_example(
+    status: int, message: str, *, param: str | None, code: str | None
+) -> dict[str, Any]:
+    """An error's body, as documents show it."""
+    return _content(status, message, param, code).model_dump()
+
+
 def error_content(error: RetainError) -> ErrorBody:
     """The envelope of an error that comes after its answer has begun."""
     return _content(status_of(error), str(error), error.param, error.code)
