@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     webhook_allow_private: bool = False
     webhook_schedule_scale: float = Field(default=1.0, gt=0)  # multiplies the retry gaps
     hf_token: SecretStr | None = None
+    pg_dump: Path | None = None  # of backups; None: the embedded Postgres' own, else on PATH
     log_json: bool = False
 
     @field_validator("queues", mode="before")

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from app.cli.audit import audit
+from app.cli.backup import backup, restore
 from app.cli.benchmarks import benchmarks
 from app.cli.decisions import decisions
 from app.cli.jobs import jobs
@@ -16,7 +17,7 @@ from app.cli.server import up
 from app.errors import RetainError
 
 EPILOG = (
-    "up, keys, projects, audit, models add and models build-demo work on the data directory (RETAIN_DATA_DIR). The other"
+    "up, keys, projects, audit, backup, restore, models add and models build-demo work on the data directory (RETAIN_DATA_DIR). The other"
     " commands speak HTTP to RETAIN_BASE_URL (http://127.0.0.1:8000) with the key in RETAIN_API_KEY."
     " Exit status: 0 done, 1 it failed and the message says why, 2 wrong usage, 3 the watched job failed or"
     " was cancelled."
@@ -31,6 +32,8 @@ retain = typer.Typer(
     pretty_exceptions_enable=False,
 )
 retain.command()(up)
+retain.command()(backup)
+retain.command()(restore)
 retain.add_typer(keys, name="keys")
 retain.add_typer(projects, name="projects")
 retain.add_typer(models, name="models")

@@ -164,6 +164,11 @@ class Storage:
         self._fs.invalidate_cache()  # another process may have written since the last listing
         return bool(self._fs.exists(self._full(path)))
 
+    def is_empty(self) -> bool:
+        """Whether nothing at all is stored."""
+        self._fs.invalidate_cache()
+        return not self._fs.exists(self._root) or not self._fs.find(self._root)
+
     def list_names(self, path: str) -> list[str]:
         """Names of what lies directly in a stored directory, sorted; empty when it does not exist."""
         if not self.exists(path):
