@@ -67,7 +67,7 @@ def create_app(
         lifespan=lifespan,
         title="Retain",
         version="0.1.0",
-        docs_url="/docs" if settings.docs_enabled else None,
+        docs_url=None,  # the page that FastAPI brings loads its scripts from elsewhere
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs_enabled else None,
         redirect_slashes=False,
@@ -103,7 +103,7 @@ def create_app(
         health,
     ):
         app.include_router(noun.router)
-    app.include_router(build_router())
+    app.include_router(build_router(with_docs=settings.docs_enabled))
     install_openapi(app)
     app.add_middleware(AuditTrail)
     app.add_middleware(

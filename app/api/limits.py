@@ -30,7 +30,6 @@ SECURITY_HEADERS: Final = {
     "cache-control": "no-store",
 }
 STRICT_POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
-DOCS_PATH: Final = "/docs"  # its page loads scripts, so it has no such policy
 #: They count their bodies themselves, as they come.
 UPLOAD_PATHS: Final = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 #: A refused body is read on and thrown away up to so much: a sender that is reset does not see the answer.
@@ -73,8 +72,7 @@ class RequestFrame:
                     headers["x-ratelimit-reset-requests"] = f"{allowance.reset_seconds}s"
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
-                if scope["path"] != DOCS_PATH:
-                    headers.setdefault("content-security-policy", STRICT_POLICY)
+                headers.setdefault("content-security-policy", STRICT_POLICY)
             await send(message)
 
         try:

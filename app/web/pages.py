@@ -1,4 +1,4 @@
-"""The dashboard's page and assets, with the headers that keep foreign code out of it."""
+"""The dashboard, the page of the API's operations and their assets, with the headers that keep foreign code out."""
 
 import hashlib
 from collections.abc import Mapping
@@ -52,10 +52,13 @@ class Document:
         return Response(self.content, media_type=self.media_type, headers=headers)
 
 
-def build_router() -> APIRouter:
-    """The routes `/` and `/assets/{name}`; the files are read once, here.
+def build_router(*, with_docs: bool = True) -> APIRouter:
+    """The routes `/`, `/docs` and `/assets/{name}`; the files are read once, here.
 
-    The page holds no data: it asks the API under `/v1` with the key its reader pastes.
+    The pages hold no data: they ask the API, under `/v1` with the key that the reader pastes.
+
+    Args:
+        with_docs: Whether there is a page of the API's operations.
     """
     package = files("app.web")
     page = _load(package / "templates" / "dashboard.html")
@@ -65,6 +68,13 @@ def build_router() -> APIRouter:
     @router.api_route("/", methods=["GET", "HEAD"])
     def dashboard(request: Request) -> Response:
         return page.answer(request)
+
+    if with_docs:
+        docs = _load(package / "templates" / "docs.html")
+
+        @router.api_route("/docs", methods=["GET", "HEAD"])
+        def describe(request: Request) -> Response:
+            return docs.answer(request)
 
     @router.api_route("/assets/{name}", methods=["GET", "HEAD"])
     def asset(name: str, request: Request) -> Response:

@@ -33,7 +33,7 @@ from tests.factories import (
 )
 
 OPEN = {"/healthz", "/readyz"}
-PAGES = {"/", "/assets/{name}"}  # of the dashboard: no data in them
+PAGES = {"/", "/docs", "/assets/{name}"}  # no data in them
 RESULT = {"benchmark": "b", "metric": "accuracy", "value": 0.5}
 
 

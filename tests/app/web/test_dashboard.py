@@ -239,3 +239,22 @@ def test_a_narrow_window_shows_everything_without_sideways_scrolling(
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), page
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(16, 19, 25)" if dark else "rgb(245, 246, 248)")
+
+
+def test_the_page_of_operations_draws_itself_from_the_document(browser, address, tmp_path) -> None:
+    browser.open(f"{address}/docs#fine_tuning_create_job")
+    browser.wait_for("document.querySelectorAll('details.operation').length > 80", seconds=60)
+    shown = text(browser, "#fine_tuning_create_job")
+    assert '"training_file"' in shown
+    assert "fine_tuning_cancel_job" in shown  # a link
+    assert "idempotent-replayed" in shown
+    browser.evaluate("document.querySelector('#find').value = 'cancel'")
+    browser.evaluate("document.querySelector('#find').dispatchEvent(new Event('input'))")
+    found = browser.evaluate(
+        "[...document.querySelectorAll('details.operation:not([hidden]) summary')].map((s) => s.innerText).join()"
+    )
+    assert "/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel" in found
+    assert "/v1/models" not in found
+    assert browser.console == []
+    browser.evaluate("document.querySelector('#find').value = ''")
+    browser.picture(tmp_path / "docs.png")

@@ -16,7 +16,7 @@ ASSETS = sorted(entry.name for entry in (PACKAGE / "assets").iterdir())
 
 @pytest.fixture
 def client() -> TestClient:
-    app = FastAPI()
+    app = FastAPI(docs_url=None)
     app.include_router(build_router())
     return TestClient(app)
 
@@ -42,11 +42,12 @@ def test_the_page_goes_out_with_the_strict_policy(client) -> None:
     assert answer.headers["referrer-policy"] == "no-referrer"
 
 
-def test_the_page_has_no_inline_script_or_style_and_names_only_its_own_assets(client) -> None:
-    page = client.get("/").text
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_a_page_has_no_inline_script_or_style_and_names_only_its_own_assets(client, path) -> None:
+    page = client.get(path).text
     assert re.findall(r"<script[^>]*>(.*?)</script>", page, re.S) == [""]
-    assert not re.search(r"<style|\sstyle=|\son\w+=", page)
-    named = re.findall(r'(?:src|href)="(/[^"]*)"', page)
+    assert not re.search(r"<style|\sstyle=|\son\w+=|://", page)
+    named = set(re.findall(r'(?:src|href)="(/[^"]*)"', page)) - {"/openapi.json"}
     assert named
     for address in named:
         assert client.get(address).status_code == 200, address
