@@ -16,7 +16,7 @@ from uuid import UUID
 import pytest
 from cryptography.fernet import Fernet, MultiFernet
 from pydantic import SecretStr
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 from standardwebhooks import Webhook
 
 from app.control.webhook_http import WebhookClient
@@ -422,3 +422,25 @@ def test_a_sender_killed_after_its_post_sends_the_same_event_again(
             thread.join()
     first, second = receiver.ids()
     assert first == second
+
+
+def test_an_answer_that_cannot_be_recorded_at_once_is_recorded_later_and_not_asked_for_again(
+    factory: SessionFactory, project_id: UUID
+) -> None:
+    def rename(before: str, after: str) -> None:
+        with transaction(factory) as session:
+            session.execute(text(f"ALTER TABLE {before} RENAME TO {after}"))
+
+    def lose_the_table(handler: Handler) -> None:
+        rename("webhook_deliveries", "elsewhere")
+        status(200)(handler)
+
+    with receiving(lose_the_table) as receiver:
+        subscribe(factory, project_id, receiver.url)
+        emit(factory, project_id)
+        with sending(factory):
+            wait_for(lambda: receiver.requests)
+            time.sleep(0.3)
+            rename("elsewhere", "webhook_deliveries")
+            [row] = wait_for_state(factory, DeliveryState.DELIVERED)
+    assert row.tries == len(receiver.requests) == 1
