@@ -9,7 +9,7 @@ from app.domain.decisions import ControllerState
 from app.domain.frozen import Frozen
 from app.domain.messages import Carry, DecisionReply, Order
 from app.domain.policy import Policy
-from app.domain.spec import ResolvedStudent, ResolvedTraining
+from app.domain.spec import Quantization, ResolvedStudent, ResolvedTraining
 from app.domain.strategies import StrategyConfig
 
 
@@ -36,11 +36,16 @@ class BasePlan(Frozen):
     layers: tuple[LayerPlan, ...] = ()  # over the weights in `directory`, the first one first
     root_sha256: str | None = None  # of the registered base model; None: it is `sha256`
     is_over_root: bool = True  # the layers lie over the registered base's own weights
+    quantization: Quantization = "none"  # what a run makes of it; the files are never quantised
 
     @property
     def registered_sha256(self) -> str:
         """Of the registered base model that the start goes back to."""
         return self.root_sha256 or self.sha256
+
+    def quantized(self, quantization: Quantization) -> "BasePlan":
+        """The same base as a run with this quantisation has it; `none` is the base as its files are."""
+        return self.model_copy(update={"quantization": quantization})
 
     @property
     def takes_adapters(self) -> bool:

@@ -10,6 +10,7 @@ from app.domain.stages import Stage
 from app.domain.strategies import StrategyConfig
 
 Auto = Literal["auto"]
+Quantization = Literal["none", "int8", "nf4"]  # of the frozen base
 INSTEAD: Final = (
     "use method.type 'supervised' on rows that show answers, or 'dpo' on rows that compare two"
 )
@@ -94,6 +95,7 @@ class Training(Frozen):
 
     type: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
+    quantization: Quantization = "none"  # of the base under adapters
     learning_rate: float | None = Field(default=None, gt=0, le=10)  # None: 2e-4 LoRA, 2e-5 full
     max_seq_length: int | None = Field(
         default=None, ge=8, le=1_048_576
@@ -162,6 +164,7 @@ class ResolvedTraining(Frozen):
     precision: Literal["auto", "fp32", "bf16"]
     seed: int
     late_adapter: bool = False  # full fine-tuning whose later stage trains an adapter
+    quantization: Quantization = "none"
     beta: float | None = None  # of direct preference optimisation; None: supervised
 
 

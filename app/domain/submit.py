@@ -62,10 +62,18 @@ def resolve_training(
         seed: Used where the request has none.
 
     Raises:
-        BadRequest: `training.max_seq_length` is above the model's context, or the weights would decay twice.
+        BadRequest: `training.max_seq_length` is above the model's context, the weights would decay twice, or
+            all of them are to be trained although they are quantised.
     """
     asked = asked_hyperparameters(request)
     training = request.training
+    if training.quantization != "none" and training.type == "full":
+        raise BadRequest(
+            f"training.quantization: '{training.quantization}' keeps the base's weights in a form that can't"
+            " learn, so it needs training.type 'lora', whose adapters do.",
+            "training.quantization",
+            "quantization_unsupported",
+        )
     if request.retention is not None and not isinstance(request.retention.strategies, str):
         check_hybrid_optimizer(
             request.retention.strategies,
@@ -87,6 +95,7 @@ def resolve_training(
     return ResolvedTraining(
         type=training.type,
         lora=training.lora,
+        quantization=training.quantization,
         n_epochs=n_epochs,
         batch_size=batch_size,
         total_steps=n_epochs * math.ceil(num_rows / batch_size),

@@ -67,8 +67,12 @@ def row_id(text: str) -> UUID:
 
 
 def baseline_key(base: BasePlan) -> str:
-    """What a baseline depends on beside the benchmark version: the weights and the template that renders items."""
-    return f"{base.sha256}/{'plain' if base.default_template else 'own'}"
+    """What a baseline depends on beside the benchmark version: the weights and the template that renders items.
+
+    A quantised base is another model: its scores are never compared with those of the whole one.
+    """
+    key = f"{base.sha256}/{'plain' if base.default_template else 'own'}"
+    return key if base.quantization == "none" else f"{key}/{base.quantization}"
 
 
 def load_watch(session: Session, job: Job) -> Watch:

@@ -135,6 +135,7 @@ def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scra
     spec = JobSpec.model_validate(job.spec)
     earlier = job.run_plan or {}
     base, base_files, starts = start_input(session, job, scratch)
+    base = base.quantized(spec.training.quantization)
     inputs = [*base_files]
     rows = {
         name: _rows(session, file_id, name, scratch, inputs)
@@ -193,6 +194,7 @@ def build_export_plan(session: Session, job: Job, settings: Settings, scratch: S
     base, base_files, starts = start_input(session, job, scratch)
     inputs = [*base_files]
     source_spec = JobSpec.model_validate(source.spec)
+    base = base.quantized(source_spec.training.quantization)
     plan = ExportPlan(
         job_id=public_id("export", job.id),
         attempt=job.attempt,

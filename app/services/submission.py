@@ -112,7 +112,7 @@ def submit_job(
     start, files, spec, watched, chosen = resolve_job(session, project, body)
     base = start.base
     warnings = [*warn_of_spec(spec, watched, chosen), *found_before]
-    found = _estimate_power(session, start, spec.policy, watched)
+    found = _estimate_power(session, start, spec, watched)
     if found is not None:
         warnings += warn_of_floors(found)
     job = Job(
@@ -337,12 +337,13 @@ def _num_rows(file: File) -> int:
 
 
 def _estimate_power(
-    session: Session, start: Start, policy: Policy | None, watched: tuple[Watched, ...]
+    session: Session, start: Start, spec: JobSpec, watched: tuple[Watched, ...]
 ) -> Power | None:
     """What the sensor can see, from cached baselines where there are any; None where nothing is watched."""
+    policy = spec.policy
     if policy is None:
         return None
-    key = baseline_key(start.plan(session))
+    key = baseline_key(start.plan(session).quantized(spec.training.quantization))
     history = HistoryRepository(session)
     planned = []
     for found in watched:

@@ -1,6 +1,7 @@
 """What the loop shows to strategies."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +13,10 @@ from workers.strategies.batch import Forward, Micro, Stream, TokenRow
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One adapted linear layer: effective change = scale * B @ A on `base_weight` (d_out, d_in)."""
+    """One adapted linear layer: effective change = scale * B @ A on `base_weight` (d_out, d_in).
+
+    Where the base is quantised, `base_weight` has shape and type alone, without values; `whole` has both.
+    """
 
     name: str
     lora_A: nn.Parameter
@@ -20,6 +24,11 @@ class LoraPair:
     scale: float
     base_weight: nn.Parameter
     adapter: str = "default"
+    dense: Callable[[], AbstractContextManager[nn.Parameter]] | None = None  # of a quantised base
+
+    def whole(self) -> AbstractContextManager[nn.Parameter]:
+        """Inside, the base weight as the layer computes with it, of which a gradient can be taken."""
+        return nullcontext(self.base_weight) if self.dense is None else self.dense()
 
 
 @dataclass(frozen=True)

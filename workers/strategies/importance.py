@@ -140,9 +140,11 @@ def _sum_factors(ctx: Context, what: Pass) -> tuple[dict[str, Tensor], int]:
     sums: dict[str, Tensor] = {}
     pairs = [p for p in ctx.lora_pairs if what.only is None or p.name in what.only]
     for pair in pairs:
-        weight = pair.base_weight.detach()
-        sums[f"rows/{pair.name}"] = weight.new_zeros(weight.shape[0], dtype=wide_type(weight))
-        sums[f"columns/{pair.name}"] = weight.new_zeros(weight.shape[1], dtype=wide_type(weight))
+        weight = pair.base_weight
+        for kind, size in zip(("rows", "columns"), weight.shape, strict=True):
+            sums[f"{kind}/{pair.name}"] = torch.zeros(
+                size, dtype=wide_type(weight), device=ctx.device
+            )
 
     def add(name: str, grad_OI: Tensor) -> None:
         rows_O, columns_I = sums[f"rows/{name}"], sums[f"columns/{name}"]
@@ -151,8 +153,11 @@ def _sum_factors(ctx: Context, what: Pass) -> tuple[dict[str, Tensor], int]:
         columns_I += gathered_OI.mean(0)
 
     num_tokens = 0
+    by_name = {pair.name: pair for pair in pairs}
     for group in _groups({pair.name: pair.base_weight for pair in pairs}):
-        num_tokens = _run(ctx, what, group, add)
+        with contextlib.ExitStack() as stack:  # few whole weights of a quantised base at a time
+            whole = {name: stack.enter_context(by_name[name].whole()) for name in group}
+            num_tokens = _run(ctx, what, whole, add)
     return sums, num_tokens
 
 

@@ -20,6 +20,7 @@ from workers.export.combine import Factors, Merged, Method, combine, relative_er
 from workers.export.merge import adapted_layers, keeping_flags
 from workers.strategies.context import Adapters
 from workers.training.models import ADAPTER, add_adapters
+from workers.training.quantization import count_weights
 
 MERGED: Final = "merged"
 BOTTLENECK: Final = "bottlenecks."  # where the parameters of bottlenecks begin
@@ -86,7 +87,8 @@ def count_widths(model: nn.Module, targets: Sequence[str] | str) -> int:
             is_chosen = is_linear and module is not head
         else:
             is_chosen = is_linear and any(name == t or name.endswith(f".{t}") for t in targets)
-        total += sum(layer.weight.shape) if is_chosen else 0
+        if is_chosen:
+            total += sum(getattr(layer, "shape", layer.weight.shape))  # codes have another shape
     return total
 
 
@@ -101,7 +103,8 @@ def show_adapters(model: nn.Module, names: Sequence[str], lora: LoraConfig) -> A
     is_bottleneck = isinstance(model, BottleneckModel)
     params: dict[str, frozenset[str]] = {}
     readers: dict[str, dict[str, nn.Parameter]] = {}
-    base_size = sum(p.numel() for n, p in model.named_parameters() if not _is_adapter(n))
+    adapters_size = sum(p.numel() for n, p in model.named_parameters() if _is_adapter(n))
+    base_size = count_weights(model) - adapters_size
     own_size = 0
     for name in names:
         own = {
@@ -147,7 +150,7 @@ def _adapt_by_domain(
 ) -> nn.Module:
     _check_names(model, names)
     lora = training.lora
-    size = sum(p.numel() for p in model.parameters())
+    size = count_weights(model)
     if config.kind == "bottleneck":
         inner: Any = model
         a_rank = 2 * int(inner.config.get_text_config().hidden_size) * len(find_blocks(model))

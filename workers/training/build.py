@@ -20,6 +20,7 @@ from workers.training.models import autocast_type, load_base, lora_pairs
 from workers.training.optimizers import make_optimizer
 from workers.training.outlook import show_the_run
 from workers.training.preferences import CHOSEN, REJECTED, Preferences
+from workers.training.quantization import count_weights
 from workers.training.ranks import Ranks
 from workers.training.strategies import build_strategies
 from workers.training.tasks import build_tasks, store_name
@@ -174,5 +175,4 @@ def _trained(plan: RunPlan, params: Mapping[str, nn.Parameter]) -> list[frozense
 def _spare_padding(model: nn.Module, device: torch.device) -> int:
     """Padded tokens worth another forward: about 10 ms of a core, or of a GPU, at 6 operations a parameter."""
     operations = 1e12 if device.type == "cuda" else 5e8
-    num_params = sum(p.numel() for p in model.parameters())
-    return max(64, int(operations / (6 * num_params)))
+    return max(64, int(operations / (6 * count_weights(model))))

@@ -11,6 +11,7 @@ from app.domain.runplan import BasePlan
 from app.domain.spec import LoraConfig, ResolvedTraining
 from app.errors import TrainingFailed
 from workers.strategies.context import LoraPair
+from workers.training.quantization import QuantizedLinear, quantize_model
 
 ADAPTER = "default"
 
@@ -32,7 +33,11 @@ def autocast_type(training: ResolvedTraining, device: torch.device) -> torch.dty
 
 
 def load_base(base: BasePlan, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The base model from its local directory: safetensors only, no code of its own."""
+    """The base model from its local directory: safetensors only, no code of its own; quantised as planned.
+
+    Raises:
+        TrainingFailed: It is to be quantised and can't be.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -43,6 +48,8 @@ def load_base(base: BasePlan, device: torch.device, dtype: torch.dtype) -> nn.Mo
             use_safetensors=True,
             trust_remote_code=False,
         )
+    if base.quantization != "none":
+        quantize_model(model.requires_grad_(requires_grad=False), base.quantization, device)
     return model.to(device)
 
 
@@ -97,14 +104,17 @@ def lora_pairs(model: nn.Module) -> tuple[LoraPair, ...]:
         factors: Any = getattr(module, "lora_A", None)
         for adapter in factors if isinstance(factors, nn.ModuleDict) else ():
             layer: Any = module
+            base_layer = layer.get_base_layer()
+            is_quantized = isinstance(base_layer, QuantizedLinear)
             pairs.append(
                 LoraPair(
                     name=name if adapter == ADAPTER else f"{name}.{adapter}",
                     lora_A=layer.lora_A[adapter].weight,
                     lora_B=layer.lora_B[adapter].weight,
                     scale=float(layer.scaling[adapter]),
-                    base_weight=layer.get_base_layer().weight,
+                    base_weight=base_layer.shape_alone if is_quantized else base_layer.weight,
                     adapter=adapter,
+                    dense=base_layer.dense if is_quantized else None,
                 )
             )
     return tuple(pairs)

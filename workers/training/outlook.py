@@ -158,6 +158,8 @@ class _Cache:
             "seed": training.seed,
             "dtype": str(next(model.parameters()).dtype),
         }
+        if plan.base.quantization != "none":
+            settings["quantization"] = plan.base.quantization
         if find_config(plan.strategies) is not None:  # adapted layers go by their adapters' names
             settings["adapters"] = adapter_names([stage.name for stage in plan.stages])
         self._settings = json.dumps(settings, sort_keys=True)

@@ -49,7 +49,7 @@ def write_start(base: BasePlan, directory: Path, ranks: Ranks) -> BasePlan:
 
 
 def _write(base: BasePlan, directory: Path, adapters: list[Path]) -> None:
-    model = load_base(base, torch.device("cpu"), torch.float32)
+    model = load_base(base.quantized("none"), torch.device("cpu"), torch.float32)
     for layer, adapter in zip(base.layers, adapters, strict=True):
         wrapped = _over(model, layer)
         active = active_adapters(wrapped)  # one, or none where whole weights were trained

@@ -110,3 +110,22 @@ def test_the_lever_must_be_turnable() -> None:
     with pytest.raises(BadRequest) as refused:
         resolve_policy(off, off.strategies, None)
     assert refused.value.param == "retention.policy.lever"
+
+
+def test_a_quantised_base_is_under_adapters_alone() -> None:
+    found = resolve_training(
+        request(training={"quantization": "nf4"}), num_rows=10, context_length=None, seed=0
+    )
+    assert found.quantization == "nf4"
+    assert request().training.quantization == "none"
+    with pytest.raises(BadRequest, match=r"needs training\.type 'lora'") as caught:
+        resolve_training(
+            request(training={"quantization": "int8", "type": "full"}),
+            num_rows=10,
+            context_length=None,
+            seed=0,
+        )
+    assert (caught.value.param, caught.value.code) == (
+        "training.quantization",
+        "quantization_unsupported",
+    )
