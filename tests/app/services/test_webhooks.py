@@ -17,11 +17,14 @@ from sqlalchemy.orm import Session
 from standardwebhooks import Webhook
 
 from app.db.models import WebhookDelivery
+from app.domain.decisions import Action
 from app.domain.identifiers import public_id
-from app.domain.states import DeliveryState
+from app.domain.states import DeliveryState, JobState
 from app.errors import BadRequest, Conflict, NotFound, Unavailable
 from app.services import webhook_deliveries, webhook_signing, webhooks
 from app.services.ciphers import load_cipher
+from app.services.decisions import WEBHOOKS
+from app.services.events import TOLD
 from app.settings import Settings
 from tests.factories import make_job, make_project
 
@@ -314,3 +317,12 @@ def test_a_new_key_in_front_keeps_what_the_old_one_encrypted(settings: Settings)
     assert both.decrypt(token) == b"x"
     with pytest.raises(BadRequest, match="Fernet"):
         load_cipher(settings.model_copy(update={"secret_key": SecretStr("short")}))
+
+
+def test_every_transition_and_every_decision_that_changes_something_has_a_type() -> None:
+    told = {f"fine_tuning.job.{state.value}" for state in TOLD}
+    assert len(told) == len(JobState) - 1
+    assert told <= set(webhooks.EVENT_TYPES)
+    assert set(WEBHOOKS) == set(Action) - {Action.KEEP}
+    assert set(WEBHOOKS.values()) <= set(webhooks.EVENT_TYPES)
+    assert len(webhooks.EVENT_TYPES) == len(set(webhooks.EVENT_TYPES))
