@@ -4,10 +4,13 @@ import multiprocessing
 import os
 import socket
 
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from tests.workers.training.runs import CPU
 from workers.training.ranks import Ranks
+
+# Ranks are forked off a process that has imported all this once: the imports cost more than most runs.
+multiprocessing.set_forkserver_preload(["tests.workers.training.runs", "peft"])
 
 
 def on_two_ranks(work, *arguments):
@@ -22,7 +25,9 @@ def on_two_ranks(work, *arguments):
         port = probe.getsockname()[1]
     with multiprocessing.Manager() as manager:
         results = manager.dict()
-        spawn(_work_as_rank, (port, results, work, arguments), nprocs=2)
+        start_processes(
+            _work_as_rank, (port, results, work, arguments), nprocs=2, start_method="forkserver"
+        )
         return [results[rank] for rank in range(2)]
 
 
