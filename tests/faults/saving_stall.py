@@ -4,7 +4,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -12,6 +12,9 @@ from tests.tiny import make_tiny_model
 from tests.workers.training.runs import ListRows, make_plan, make_run
 from workers.training.loop import train_step
 from workers.training.saving import Saver
+
+if TYPE_CHECKING:
+    from workers.training.conversation import Conversation
 
 INTERVAL, ROUNDS = 20, 4
 VOCAB = 2000
@@ -46,14 +49,16 @@ def main() -> None:
         plan = make_plan(root, base=base, training=training)
         for mode in ("at once", "beside training"):
             run = make_run(plan, stores=stores)
-            report(mode, run, Saver(Silence(), root / mode, 1))
+            report(mode, run, Saver(cast("Conversation", Silence()), root / mode, 1))
 
 
 def report(mode: str, run: Any, saver: Saver) -> None:
     """Steps with and without a save; the share of time that training stood still for it."""
     for _ in range(3):
         train_step(run)
-    steps, stalls, beside = [], [], []
+    steps: list[float] = []
+    stalls: list[float] = []
+    beside: list[float] = []
     for _ in range(ROUNDS):
         for number in range(INTERVAL):
             began = time.perf_counter()

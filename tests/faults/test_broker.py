@@ -1,5 +1,6 @@
 """Rows F12 to F16: whatever happens to Redis costs time alone."""
 
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
@@ -39,6 +40,12 @@ def post_for(client: Client, seconds: float) -> tuple[list[UUID], list[float]]:
         ids.append(parse_id("job", answer.json()["id"]))
         time.sleep(0.2)
     return ids, latencies
+
+
+def check_latencies(usual: list[float], found: list[float]) -> None:
+    """Submissions are as fast as with a broker; on a busy machine, as slow."""
+    assert statistics.median(found) < max(0.3, 3 * statistics.median(usual))
+    assert max(found) < max(1.0, 5 * max(usual))  # the one that finds Redis gone
 
 
 @pytest.mark.faults
@@ -81,6 +88,7 @@ def test_f13_dead_broker_neither_slows_the_api_nor_keeps_jobs_waiting(
     fleet.control()
     fleet.worker(pace=0.01, redis_url=fleet.settings.redis_url, poll_seconds=POLL_SECONDS)
     fleet.ends(fleet.submit(steps=2))
+    _, usual = post_for(client, 3)
     own_servers.kill_redis()
     try:
         ids, latencies = post_for(client, 4)
@@ -88,13 +96,12 @@ def test_f13_dead_broker_neither_slows_the_api_nor_keeps_jobs_waiting(
             assert started_after(fleet, job_id) < allowed(20)
     finally:
         own_servers.redis.start()
-    latencies.sort()
-    assert latencies[len(latencies) // 2] < allowed(0.3)
-    assert latencies[-1] < allowed(1.0)  # the one that finds Redis gone
+    check_latencies(usual, latencies)
     measured(
         "F13",
-        api_median_s=latencies[len(latencies) // 2],
-        api_worst_s=latencies[-1],
+        api_median_before_s=statistics.median(usual),
+        api_median_s=statistics.median(latencies),
+        api_worst_s=max(latencies),
         first_started_after_s=started_after(fleet, ids[0]),
     )
 
@@ -106,14 +113,13 @@ def test_f14_stalled_broker_neither_slows_the_api_nor_stops_the_relay(fleet: Fle
         fleet.control(redis_url=proxy.url)
         fleet.worker(pace=0.01, redis_url=proxy.url, poll_seconds=POLL_SECONDS)
         fleet.ends(fleet.submit(steps=2))
+        _, usual = post_for(client, 3)
         proxy.stall()
         ids, latencies = post_for(client, 4)
         for job_id in ids[:3]:
             assert started_after(fleet, job_id) < allowed(20)
         proxy.resume()
-        latencies.sort()
-        assert latencies[len(latencies) // 2] < allowed(0.3)
-        assert latencies[-1] < allowed(1.0)
+        check_latencies(usual, latencies)
         waiting = fleet.submit(queue="nobody")
 
         def is_rung() -> bool:
@@ -124,8 +130,9 @@ def test_f14_stalled_broker_neither_slows_the_api_nor_stops_the_relay(fleet: Fle
         eventually(is_rung, "the relay rings again", tail=fleet.tail)
     measured(
         "F14",
-        api_median_s=latencies[len(latencies) // 2],
-        api_worst_s=latencies[-1],
+        api_median_before_s=statistics.median(usual),
+        api_median_s=statistics.median(latencies),
+        api_worst_s=max(latencies),
         first_started_after_s=started_after(fleet, ids[0]),
     )
 

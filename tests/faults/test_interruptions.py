@@ -45,7 +45,10 @@ def rolling_back(supervisor: Supervisor, message: Any) -> dict[str, Any]:
 def make(scratch: Path) -> Supervisor:
     scratch.mkdir(parents=True)
     training = {"total_steps": 12, "checkpoint_interval": 2}
-    return make_supervisor(scratch, strategies=STRATEGIES, decide=rolling_back, training=training)
+    supervisor: Supervisor = make_supervisor(
+        scratch, strategies=STRATEGIES, decide=rolling_back, training=training
+    )
+    return supervisor
 
 
 def outcome(supervisor: Supervisor) -> dict[str, Any]:

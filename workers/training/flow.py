@@ -135,6 +135,7 @@ def train(session: Session) -> DecisionReply:
             if reply is not None:
                 return reply
         elif is_checkpoint_point(session):
+            session.report(now=True)  # what a resume from here will not tell again
             session.saver.save_beside(run)
 
 
@@ -180,9 +181,9 @@ def choose_evaluations(session: Session) -> None:
 def leave(session: Session, request: StopRequested) -> None:
     """Saves where there is something to save and the job is not cancelled; then says goodbye."""
     run, talk = session.run, session.talk
+    session.report(now=True)
     if session.has_started and request.mode != "cancel":
         session.saver.save(run, is_evaluated=False)
-    session.report(now=True)
     talk.ask(Stopped(id=talk.next_id(), mode=request.mode, branch=run.branch, step=run.step))
 
 

@@ -53,7 +53,7 @@ def test_training_goes_on_while_a_slow_disk_writes(tmp_path, monkeypatch):
     supervisor = make_supervisor(tmp_path, training={"checkpoint_interval": 5, "total_steps": 12})
     may_write = threading.Event()
     steps = []
-    write, report = saving.write_checkpoint, train_step
+    write, report = write_checkpoint, train_step
 
     def write_slowly(*arguments, **named):
         assert may_write.wait(30), "training waits for the disk"
