@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic_core import from_json
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -24,6 +25,7 @@ def build_engine(database_url: str, *, pool_size: int = 5, application: str = "r
             url = "postgresql+psycopg://" + url.removeprefix(prefix)
     return create_engine(
         url,
+        json_deserializer=from_json,  # parsing was a sixth of a page of jobs by the json module
         pool_size=pool_size,
         max_overflow=pool_size * 2,
         pool_pre_ping=True,

@@ -6,26 +6,20 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from app.db.models import (
-    BaseModel,
-    Checkpoint,
-    DecisionRow,
-    Job,
-    JobEvent,
-    ModelVersion,
-    Project,
-)
+from app.db.models import Checkpoint, DecisionRow, Job, JobEvent
 from app.db.repositories.project_jobs import JobHistoryRepository, ProjectJobRepository
+from app.errors import NotFound
 
 
 @dataclass(frozen=True, slots=True)
 class ShownJob:
-    """A job with the rows that its object shows beside its own."""
+    """A job with the names that its object shows beside its own fields."""
 
     row: Job
-    base: BaseModel
-    project: Project
-    version: ModelVersion | None
+    base: str
+    project: str
+    version: str | None  # what it published, or is about to
+    version_status: str | None
 
 
 def get_job(session: Session, project_id: UUID, job_id: UUID) -> Job:
@@ -37,6 +31,18 @@ def get_job(session: Session, project_id: UUID, job_id: UUID) -> Job:
     return ProjectJobRepository(session).get(project_id, job_id)
 
 
+def find_job(session: Session, project_id: UUID, job_id: UUID) -> ShownJob:
+    """One fine-tuning job as it is shown.
+
+    Raises:
+        NotFound: The project has no such job.
+    """
+    found = ProjectJobRepository(session).find_shown(project_id, job_id)
+    if found is None:
+        raise NotFound("No fine-tuning job has this id.", "fine_tuning_job_id")
+    return ShownJob(*found)
+
+
 def list_jobs(
     session: Session,
     project_id: UUID,
@@ -45,41 +51,31 @@ def list_jobs(
     limit: int = 20,
     metadata: Mapping[str, str] | None = None,
     without_metadata: bool = False,
-) -> tuple[list[Job], bool]:
-    """A page of fine-tuning jobs, newest first, and whether there are more.
+) -> tuple[list[ShownJob], bool]:
+    """A page of fine-tuning jobs as they are shown, newest first, and whether there are more.
 
     Raises:
         NotFound: `after` is not a job of the project.
     """
     repository = ProjectJobRepository(session)
-    last = None if after is None else repository.get(project_id, after)
-    found = repository.list_page(
+    place = None
+    if after is not None:
+        place = repository.find_place(project_id, after)
+        if place is None:
+            raise NotFound("No fine-tuning job has this id.", "fine_tuning_job_id")
+    found = repository.list_shown(
         project_id,
-        after=last,
+        before=place,
         limit=limit + 1,
         metadata=metadata,
         without_metadata=without_metadata,
     )
-    return found[:limit], len(found) > limit
+    return [ShownJob(*row) for row in found[:limit]], len(found) > limit
 
 
-def show_jobs(session: Session, jobs: list[Job]) -> list[ShownJob]:
-    """Jobs of one project with the rows that their objects show beside their own."""
-    if not jobs:
-        return []
-    repository = ProjectJobRepository(session)
-    project = repository.get_project(jobs[0].project_id)
-    bases = repository.base_models(jobs)
-    versions = repository.model_versions(jobs)
-    return [
-        ShownJob(
-            job,
-            bases[job.base_model_id],
-            project,
-            None if job.model_version_id is None else versions[job.model_version_id],
-        )
-        for job in jobs
-    ]
+def as_shown(session: Session, job: Job) -> ShownJob:
+    """A job of this session as it is shown."""
+    return ShownJob(*ProjectJobRepository(session).show(job))
 
 
 def list_events(

@@ -61,26 +61,31 @@ def create_job(
     return writer.run(caller, body, _submission(resources, caller, body))
 
 
-@router.get("")
-def list_jobs(
+@router.get("", response_model=Page[JobObject])
+async def list_jobs(
     request: Request,
-    session: SessionDep,
+    resources: ResourcesDep,
     caller: JobsReader,
     after: After = None,
     limit: Limit = 20,
-) -> Page[JobObject]:
+) -> Response:
     """The project's jobs, newest first; `metadata[key]=value` keeps those that carry the pair."""
     metadata, without = metadata_filter(request)
-    found, has_more = jobs.list_jobs(
-        session,
-        caller.project_id,
-        after=parse_after("job", after),
-        limit=limit,
-        metadata=metadata,
-        without_metadata=without,
-    )
-    shown = [show_job(job) for job in jobs.show_jobs(session, found)]
-    return build_page(shown, has_more=has_more)
+    last = parse_after("job", after)
+
+    def read() -> Page[JobObject]:
+        with transaction(resources.session_factory) as session:
+            found, has_more = jobs.list_jobs(
+                session,
+                caller.project_id,
+                after=last,
+                limit=limit,
+                metadata=metadata,
+                without_metadata=without,
+            )
+            return build_page([show_job(job) for job in found], has_more=has_more)
+
+    return await run_in_threadpool(lambda: answer(read()))
 
 
 @router.get("/{fine_tuning_job_id}", response_model=JobObject)
@@ -100,8 +105,8 @@ async def retrieve_job(
 
     def read() -> tuple[JobObject, int]:
         with transaction(resources.session_factory) as session:
-            job = jobs.get_job(session, caller.project_id, key)
-            return show_job(jobs.show_jobs(session, [job])[0]), job.event_count
+            job = jobs.find_job(session, caller.project_id, key)
+            return show_job(job), job.row.event_count
 
     seconds, applied = wished_wait(resources, wait, prefer)
     first = await run_in_threadpool(read)
@@ -192,7 +197,7 @@ def list_checkpoints(
     found, has_more = jobs.list_checkpoints(
         session, job, after=parse_after("checkpoint", after), limit=limit
     )
-    shown = jobs.show_jobs(session, [job])[0]
+    shown = jobs.as_shown(session, job)
     return build_page([show_checkpoint(row, shown) for row in found], has_more=has_more)
 
 
@@ -250,7 +255,7 @@ def _change(job_id: str, caller: Caller, writer: WriterDep, change: Callable[...
         jobs.get_job(session, caller.project_id, key)  # of this kind and project, or a 404
         job = change(session, project_id=caller.project_id, job_id=key)
         session.refresh(job)
-        return show_job(jobs.show_jobs(session, [job])[0])
+        return show_job(jobs.as_shown(session, job))
 
     return writer.run(caller, None, work)
 
@@ -275,6 +280,6 @@ def _submission(
             leaks=leaks,
         )
         job.rerun_of_id = rerun_of
-        return show_job(jobs.show_jobs(session, [job])[0])
+        return show_job(jobs.as_shown(session, job))
 
     return work

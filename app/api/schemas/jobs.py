@@ -160,13 +160,12 @@ def show_job(shown: ShownJob) -> JobObject:
     """A job as clients see it."""
     job, spec = shown.row, JobSpec.model_validate(shown.row.spec)
     numbers = _show_hyperparameters(job, spec)
-    version = shown.version
     report = job.report or {}
     progress = _show_progress(job)
     return JobObject(
         id=public_id("job", job.id),
         created_at=unix(job.created_at),
-        model=spec.start or shown.base.name,
+        model=spec.start or shown.base,
         organization_id=public_id("project", job.project_id),
         status=job.state.value,
         training_file=spec.request.training_file,
@@ -178,7 +177,7 @@ def show_job(shown: ShownJob) -> JobObject:
         ),
         seed=job.seed,
         error=None if job.error is None else _show_error(job.error),
-        fine_tuned_model=version.name if version and version.status == "ready" else None,
+        fine_tuned_model=shown.version if shown.version_status == "ready" else None,
         finished_at=unix_or_none(job.finished_at),
         estimated_finish=_estimate_finish(job),
         trained_tokens=job.trained_tokens,
@@ -223,9 +222,9 @@ def show_checkpoint(checkpoint: Checkpoint, shown: ShownJob) -> CheckpointObject
     """A checkpoint as clients see it."""
     job = shown.row
     name = (
-        model_version_name(shown.base.name, shown.project.name, job.suffix, job.id)
+        model_version_name(shown.base, shown.project, job.suffix, job.id)
         if shown.version is None
-        else shown.version.name
+        else shown.version
     )
     metrics: dict[str, Any] = {"step": checkpoint.step} | checkpoint.metrics
     if checkpoint.valid_loss is not None:

@@ -1,11 +1,11 @@
 """Queries on jobs as clients see them: their rows, events, checkpoints and decisions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Select, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Row, Select, bindparam, func, select
+from sqlalchemy.orm import Session, load_only
 
 from app.db.models import (
     BaseModel,
@@ -17,9 +17,57 @@ from app.db.models import (
     OutboxMessage,
     Project,
 )
-from app.db.repositories.paging import newest_first
 from app.domain.states import JobKind
 from app.errors import NotFound
+
+#: A job; the names of its base model and project; name and status of its version, if it has one.
+ShownRow = Row[Job, str, str, str | None, str | None]
+
+MAX_SEQ: Final = 2**63 - 1
+# Made once: these are asked most, and putting a query together costs a fifth of what it takes to run it.
+_SHOWN: Final = (
+    select(Job, BaseModel.name, Project.name, ModelVersion.name, ModelVersion.status)
+    .join(BaseModel, BaseModel.id == Job.base_model_id)
+    .join(Project, Project.id == Job.project_id)
+    .outerjoin(ModelVersion, ModelVersion.id == Job.model_version_id)
+    .where(Job.project_id == bindparam("project_id"))
+)
+#: Columns that no job object shows are left where they are; a run plan may be large.
+_SHOWN_COLUMNS: Final = (
+    Job.created_at,
+    Job.project_id,
+    Job.state,
+    Job.spec,
+    Job.warnings,
+    Job.data_checks,
+    Job.power,
+    Job.general_file_id,
+    Job.metadata_,
+    Job.suffix,
+    Job.seed,
+    Job.priority,
+    Job.attempt,
+    Job.stop_requested,
+    Job.branch,
+    Job.step,
+    Job.total_steps,
+    Job.event_count,
+    Job.progress,
+    Job.trained_tokens,
+    Job.started_at,
+    Job.finished_at,
+    Job.error,
+    Job.result_file_id,
+    Job.report,
+    Job.rerun_of_id,
+)
+_BRIEF: Final = _SHOWN.where(Job.kind == JobKind.FINE_TUNING).options(
+    load_only(*_SHOWN_COLUMNS, raiseload=True)
+)
+SHOWN_JOB: Final = _BRIEF.where(Job.id == bindparam("job_id"))
+SHOWN_PAGE: Final = (
+    _BRIEF.where(Job.seq < bindparam("before")).order_by(Job.seq.desc()).limit(bindparam("limit"))
+)
 
 
 class ProjectJobRepository:
@@ -55,23 +103,42 @@ class ProjectJobRepository:
             raise NotFound("No fine-tuning job has this id.", "fine_tuning_job_id")
         return job
 
-    def list_page(
+    def find_shown(self, project_id: UUID, job_id: UUID) -> ShownRow | None:
+        """The fine-tuning job with this id, and the names it is shown with."""
+        ids = {"project_id": project_id, "job_id": job_id}
+        return self._session.execute(SHOWN_JOB, ids).one_or_none()
+
+    def list_shown(
         self,
         project_id: UUID,
         *,
-        after: Job | None,
+        before: int | None,
         limit: int,
         metadata: Mapping[str, str] | None = None,
         without_metadata: bool = False,
-    ) -> list[Job]:
-        """Fine-tuning jobs, newest first; `metadata` keeps those that hold all its pairs."""
-        query = select(Job).where(Job.project_id == project_id, Job.kind == JobKind.FINE_TUNING)
+    ) -> Sequence[ShownRow]:
+        """Fine-tuning jobs before a place, newest first; `metadata` keeps those that hold all its pairs."""
+        query = SHOWN_PAGE
         if metadata:
             query = query.where(Job.metadata_.contains(dict(metadata)))
         if without_metadata:
             query = query.where(func.coalesce(Job.metadata_, func.jsonb("{}")) == {})
-        query = newest_first(query, Job, after=after, limit=limit)
-        return list(self._session.scalars(query))
+        values = {"project_id": project_id, "before": before or MAX_SEQ, "limit": limit}
+        return self._session.execute(query, values).all()
+
+    def find_place(self, project_id: UUID, job_id: UUID) -> int | None:
+        """Where a fine-tuning job stands among the others."""
+        return self._session.scalar(
+            select(Job.seq).where(
+                Job.id == job_id, Job.project_id == project_id, Job.kind == JobKind.FINE_TUNING
+            )
+        )
+
+    def show(self, job: Job) -> ShownRow:
+        """A job of whatever state in this session, and the names it is shown with."""
+        return self._session.execute(
+            _SHOWN.where(Job.id == job.id), {"project_id": job.project_id}
+        ).one()
 
     def ring_later(self, job: Job) -> None:
         """Writes the doorbell that the outbox relay rings once this transaction has committed."""
@@ -87,12 +154,6 @@ class ProjectJobRepository:
         ids = {job.base_model_id for job in jobs}
         found = self._session.scalars(select(BaseModel).where(BaseModel.id.in_(ids)))
         return {base.id: base for base in found}
-
-    def model_versions(self, jobs: Sequence[Job]) -> dict[UUID, ModelVersion]:
-        """The published versions of jobs, by id."""
-        ids = {job.model_version_id for job in jobs if job.model_version_id is not None}
-        found = self._session.scalars(select(ModelVersion).where(ModelVersion.id.in_(ids)))
-        return {version.id: version for version in found}
 
 
 class JobHistoryRepository:
