@@ -203,6 +203,12 @@ class JobSpec(Frozen):
     start: str | None = None  # version or checkpoint that `request.model` meant; None: a base model
 
     @property
+    def no_rows_kept(self) -> bool:
+        """Whether nothing of the domain's rows may outlive the job, beside the files themselves."""
+        retention = self.request.retention
+        return retention is not None and retention.privacy == "no_rows_kept"
+
+    @property
     def is_unwatched_by_wish(self) -> bool:
         """Whether the job turned retention off, and its project requires nothing to be watched all the same."""
         return self.request.retention is None and self.policy is None

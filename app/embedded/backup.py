@@ -78,12 +78,14 @@ def back_up(
         raise Conflict(f"{target_url} is not empty; name a new place for each backup.", "target")
     kept: dict[str, Artifact] = {}
     with TemporaryDirectory(prefix="backup-", dir=scratch_of(settings)) as scratch:
-        for left in range(SNAPSHOTS - 1, -1, -1):
+        tries = 0
+        while True:
+            tries += 1
             revision, major, rows = _dump(database_url, settings, Path(scratch) / DATABASE)
             problems = _keep(rows, store, target if copies else None, kept, Path(scratch))
             if not problems:
                 break
-            if not left or not _are_gone(database_url, problems):
+            if tries == SNAPSHOTS or not _are_gone(database_url, problems):
                 path, problem = next(iter(problems.items()))
                 raise StorageDamaged(f"A row names {path} in the store: {problem}.")
         database = target.put_file(Path(scratch) / DATABASE, DATABASE)

@@ -1,7 +1,7 @@
 """What an attempt is given: its plan, the inputs to bring to the worker's disk, and where it takes up the run."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -84,11 +84,19 @@ class StartInput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Where things lie on a worker's disk; an attempt's own directory is shared with no other attempt."""
+    """Where things lie on a worker's disk; an attempt's own directory is shared with no other attempt.
+
+    Args:
+        root: Of all.
+        job_id: Whose.
+        attempt: Which.
+        keeps_rows: Whether rows, and what is computed of them, may stay when the attempt is over.
+    """
 
     root: Path
     job_id: UUID
     attempt: int
+    keeps_rows: bool = True
 
     @property
     def directory(self) -> Path:
@@ -97,12 +105,16 @@ class Scratch:
 
     @property
     def cache(self) -> Path:
-        """Computed once for all jobs, keyed by hashes."""
-        return self.root / "cache"
+        """Computed once for all jobs, keyed by hashes; of a job whose rows are not kept, its attempt's own."""
+        return (self.root if self.keeps_rows else self.directory) / "cache"
 
     def input(self, sha256: str) -> Path:
         """An input, named by its contents and shared by all jobs."""
         return self.root / "inputs" / sha256
+
+    def file(self, sha256: str) -> Path:
+        """A file of rows or items, shared by all jobs that may keep rows."""
+        return self.input(sha256) if self.keeps_rows else self.directory / "files" / sha256
 
     def checkpoint(self, checkpoint: Checkpoint) -> Path:
         """A stored checkpoint's local copy."""
@@ -133,6 +145,8 @@ def prepare_run(session: Session, job_id: UUID, attempt: int, settings: Settings
 def build_run_plan(session: Session, job: Job, settings: Settings, scratch: Scratch) -> Prepared:
     """A fine-tuning attempt; what an earlier attempt settled (interval, items, threads, ranks) stays."""
     spec = JobSpec.model_validate(job.spec)
+    if spec.no_rows_kept:
+        scratch = replace(scratch, keeps_rows=False)
     earlier = job.run_plan or {}
     base, base_files, starts = start_input(session, job, scratch)
     base = base.quantized(spec.training.quantization)
@@ -310,7 +324,7 @@ def _file(
         raise TrainingFailed(
             f"The file {public_id('file', file_id)} was deleted.", param, "file_not_found"
         )
-    found = Input(row.path, scratch.input(row.sha256), row.sha256, is_directory=False)
+    found = Input(row.path, scratch.file(row.sha256), row.sha256, is_directory=False)
     inputs.append(found)
     return found
 

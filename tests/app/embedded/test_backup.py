@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from app.db.models import ApiKey, AuditEntry, Checkpoint, File, Job, ModelVersion
+from app.db.models import AuditEntry, Checkpoint, File, Job, ModelVersion
 from app.db.session import build_engine, build_session_factory, transaction
 from app.domain.states import JobState
 from app.embedded.backup import back_up
@@ -20,7 +20,6 @@ from app.embedded.dumps import DUMP, DumpFailed, find_program
 from app.embedded.restore import restore
 from app.errors import Conflict, RetainError
 from app.services.engine import CrashRules
-from app.services.files import delete_file
 from app.services.keys import authenticate, create_key
 from app.services.reaping import reap
 from app.services.storage import Storage, StorageDamaged
@@ -141,7 +140,7 @@ class TestRefusals:
                 rewrite(place / "database.dump", (place / "database.dump").read_bytes()[:-100])
             case "no_file":
                 artifact.unlink()
-            case "bit_flip":
+            case _:
                 content = bytearray(artifact.read_bytes())
                 content[0] ^= 1
                 rewrite(artifact, bytes(content))
@@ -183,32 +182,35 @@ class TestRefusals:
 
 @pytest.mark.slow
 def test_an_artifact_that_is_deleted_meanwhile_has_the_snapshot_taken_anew(
-    world: World, elsewhere: Settings, empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, elsewhere: Settings, empty: str, tmp_path: Path
 ):
-    """The deletion falls between the snapshot and the copying, which the dump's end marks here."""
-    import app.embedded.backup as module
-
+    """The deletion falls between the snapshot and the copying: after the first dump has ended."""
     with transaction(world.factory) as session:
         session.execute(update(Job).values(training_file_id=None))
     [file] = world.rows(File)
-    run, calls = module.run_program, []
-
-    def run_then_delete(*arguments: str) -> None:
-        run(*arguments)  # type: ignore[arg-type]
-        if not calls:
-            assert file.project_id is not None
-            delete_file(world.factory, world.storage, file.project_id, file.id)
-        calls.append(arguments)
-
-    monkeypatch.setattr(module, "run_program", run_then_delete)
-    manifest = back_up(url_of(world), world.settings, str(tmp_path / "backup"))
-    assert len(calls) == 2
+    deletion = tmp_path / "delete.py"
+    deletion.write_text(
+        "import psycopg, pathlib\n"
+        f"with psycopg.connect({url_of(world)!r}) as connection:\n"
+        "    connection.execute('UPDATE files SET deleted_at = now()')\n"
+        f"pathlib.Path({world.settings.storage_root!r}, {file.path!r}).unlink()\n"
+    )
+    own, runs = find_program(DUMP, server_major=18).path, tmp_path / "runs"
+    program = tmp_path / "pg_dump"
+    program.write_text(
+        f"#!/bin/sh\n'{own}' \"$@\" || exit 1\n"
+        f"case \"$*\" in *--snapshot*) echo run >> '{runs}' ;; *) exit 0 ;; esac\n"
+        f"[ \"$(wc -l < '{runs}')\" -gt 1 ] || '{sys.executable}' '{deletion}'\n"
+    )
+    program.chmod(0o755)
+    settings = world.settings.model_copy(update={"pg_dump": program})
+    manifest = back_up(url_of(world), settings, str(tmp_path / "backup"))
+    assert runs.read_text().split() == ["run", "run"]
     assert file.path not in {artifact.path for artifact in manifest.artifacts}
     restore(empty, elsewhere, str(tmp_path / "backup"))
     engine = build_engine(empty)
     with transaction(build_session_factory(engine)) as session:
         assert session.scalars(select(File.deleted_at)).one() is not None
-        assert session.scalars(select(ApiKey)).all() == []
     engine.dispose()
 
 
