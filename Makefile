@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test faults up check bench board format
+.PHONY: setup demo test faults nemesis fuzz up check bench board format
 setup: $(STAMP)  ## create .venv with everything, ready to run
 
 $(STAMP): requirements.lock pyproject.toml
@@ -17,6 +17,12 @@ test: setup  ## set up everything and run the whole test suite
 
 faults: setup  ## the whole fault matrix, with real kills, stalls and restarts; see tests/faults/RESULTS.md
 	@bash .ci/test $(BIN) tests/faults -m "not gpu"
+
+nemesis: setup  ## random faults on a fleet of real workers, judged by an independent checker; SEEDS=50
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.nemesis --seeds $(or $(SEEDS),50)
+
+fuzz: setup  ## schemathesis against a real server for five minutes; FUZZ="--seconds 60 --seed 2" for another run
+	@$(BIN)/python -m tests.fuzz $(FUZZ)
 
 up: setup  ## run the whole stack on http://127.0.0.1:8000 until interrupted
 	@$(BIN)/retain up

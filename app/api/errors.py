@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.errors import (
     BadRequest,
@@ -68,6 +69,8 @@ CODES: Final[Mapping[int, str]] = MappingProxyType(
     {404: "route_not_found", 405: "method_not_allowed", 413: "request_too_large"}
 )
 
+#: So many faults of one request are looked at: comparing each with each, a body of 90,000 wrong fields took minutes.
+MAX_ERRORS: Final = 100
 #: Answers that the client would send again by itself although nothing would change.
 FINAL: Final = frozenset({409, 429})
 
@@ -165,7 +168,9 @@ def describe_invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[st
         errors: As pydantic lists them.
         body: What was sent.
     """
-    found = [(_path(error, body), str(error["msg"]), str(error["type"])) for error in errors]
+    found = [
+        (_path(error, body), str(error["msg"]), str(error["type"])) for error in errors[:MAX_ERRORS]
+    ]
     deepest: dict[tuple[str, ...], list[str]] = {}
     for path, message, _ in found:
         if any(len(other) > len(path) and other[: len(path)] == path for other, _, _ in found):
@@ -224,7 +229,22 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     message = str(error.detail)
     if status in {404, 405}:
         message = f"No route answers {request.method} {request.url.path[:200]}."
-    return envelope(status, message, code=CODES.get(status), headers=error.headers)
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["allow"] = ", ".join(_methods_of(request))  # of all routes, not of the first alone
+    return envelope(status, message, code=CODES.get(status), headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """The methods that some route answers at the request's path."""
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(
+            route.matches(dict(request.scope) | {"method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 async def _on_data_error(_request: Request, _error: Exception) -> JSONResponse:

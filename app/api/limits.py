@@ -35,6 +35,7 @@ UPLOAD_PATHS: Final = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 #: A refused body is read on and thrown away up to so much: a sender that is reset does not see the answer.
 DRAIN_BYTES: Final = 2**30
 DRAIN_SECONDS: Final = 120.0
+MAX_KEYS: Final = 1_000  # of one object: each unknown one becomes an error that is put into words
 SMALL_BYTES: Final = 2**16  # bodies up to this are parsed at once, larger ones in a thread
 
 #: A client's own id is taken over when it cannot do harm in a header or a log.
@@ -215,6 +216,8 @@ def _check_text(text: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise _invalid(f"an object has more than {MAX_KEYS:,} keys")
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()

@@ -86,16 +86,18 @@ _METADATA: Final = MappingProxyType(
         "schema": {"type": "object", "additionalProperties": {"type": "string", "maxLength": 512}},
     }
 )
+#: 1 to 255 printable characters, which may stand in quotes as the IETF draft has it.
+_KEY: Final = '^([!#-~]([ -~]{0,253}[!-~])?|"([ -~]{1,255}"|[ -~]{0,253}[!#-~]))$'
 #: What headers must look like, where routes check more than their length.
 _SHAPES: Final[Mapping[str, dict[str, Any]]] = MappingProxyType(
     {
         "idempotency-key": {
             "description": "Makes the request safe to send again for 24 hours: it is carried out once.",
-            "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,255}$"},
+            "schema": {"type": "string", "pattern": _KEY},
         },
         "if-match": {
             "description": "The ETag that was read, or `*`: 412 otherwise.",
-            "schema": {"type": "string", "pattern": '^(\\*|"[0-9]{1,18}")$'},
+            "schema": {"type": "string", "pattern": '^(\\*|"?[0-9]{1,18}"?)$'},
         },
         "if-none-match": {
             "description": "`*`: 412 when the alias exists.",
@@ -130,6 +132,10 @@ _WORDS: Final[Mapping[int, tuple[str, str, str | None, str]]] = MappingProxyType
               "The database cannot be reached; try again.", None, "service_unavailable"),
     }
 )  # fmt: skip
+#: Fields that are shown once: they are not kept, so an answer that is replayed comes without them.
+_SECRETS: Final = MappingProxyType(
+    {"CreatedKeyObject": "value", "CreatedEndpointObject": "signing_secret"}
+)
 _COMMON: Final = ("x-request-id",)
 _LIMITS: Final = (
     "x-ratelimit-limit-requests",
@@ -231,6 +237,9 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schema.pop("$defs", None)
         schemas[model.__name__] = schema
+    for name, secret in _SECRETS.items():
+        schemas[name]["required"].remove(secret)
+        schemas[name]["properties"][secret]["description"] = "Missing in a replayed answer."
     document["components"]["headers"] = {name: dict(header) for name, header in _HEADERS.items()}
     document["components"]["responses"] = {
         component_of(status): _error(status) for status in _WORDS

@@ -194,7 +194,8 @@ class _Form:
             raise self._refuse("The multipart form has a header that is too long.")
 
     def _end_header(self) -> None:
-        name, value = (bytes(part).decode("utf-8", "replace") for part in self._header)
+        # The parser of options wants Latin-1 and gives the bytes back; in UTF-8 most of the world's names failed.
+        name, value = (bytes(part).decode("latin-1") for part in self._header)
         self._part.headers[name.lower()] = value
         self._header = (bytearray(), bytearray())
 

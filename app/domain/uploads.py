@@ -42,7 +42,9 @@ class CreateUpload(Frozen):
     bytes: int = Field(ge=1, strict=True)
     filename: str = Field(min_length=1, max_length=255)
     mime_type: str = Field(min_length=1, max_length=255)  # recorded; contents say what a file is
-    purpose: str = Field(min_length=1, max_length=64)
+    purpose: str = Field(
+        min_length=1, max_length=64, json_schema_extra={"enum": ["fine-tune", "evals"]}
+    )
     expires_after: ExpiresAfter | None = None
 
 

@@ -134,8 +134,16 @@ def fill_project(
     base = store_base_model(session, storage, root / "base", name="llama")
     rows = store_file(session, storage, project, ROWS, root / "rows", id=UUID(int=1))
     base.general_file_id = store_file(session, storage, None, ROWS, root / "rows").id
+    told = {"scorer": "multiple_choice", "num_items": 40, "chance_level": 0.5}
     items = store_file(
-        session, storage, project, ITEMS, root / "rows", id=UUID(int=2), purpose="evals"
+        session,
+        storage,
+        project,
+        ITEMS,
+        root / "rows",
+        id=UUID(int=2),
+        purpose="evals",
+        report=told,
     )
     store_benchmark(session, items, 40, name="reasoning", project=project)
     job: Job = make_job(

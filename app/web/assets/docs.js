@@ -7,6 +7,11 @@ const MAX_DEPTH = 4;
 
 const main = document.getElementById("main");
 
+/** Text in which what stands in backticks is code. */
+function words(text) {
+  return text.split("`").map((part, at) => (at % 2 ? el("code", {}, part) : part));
+}
+
 /** What a `$ref` points at, and the last part of its name. */
 function resolve(doc, thing) {
   let name = "";
@@ -90,13 +95,13 @@ function inside(doc, operation) {
   const body = operation.requestBody;
   const links = Object.values(operation.responses).flatMap((found) => Object.values(found.links || {}));
   return el("div", { class: "inside" },
-    operation.description.split(/\n\s*\n/).map((text) => el("p", {}, text)),
+    operation.description.split(/\n\s*\n/).map((text) => el("p", {}, words(text))),
     operation.parameters.length ? [el("h3", {}, "Parameters"), el("dl", {}, operation.parameters.map((parameter) => [
       el("dt", {}, parameter.name, parameter.required ? " *" : "", " ",
         el("span", { class: "muted small" }, `${parameter.in}, ${typeOf(doc, parameter.schema)}`)),
       el("dd", {}, [parameter.description, bounds(parameter.schema)].filter(Boolean).join(" · ")),
     ]))] : null,
-    body ? [el("h3", {}, "Body", body.required ? " *" : ""), body.description ? el("p", {}, body.description) : null, media(doc, body.content)] : null,
+    body ? [el("h3", {}, "Body", body.required ? " *" : ""), body.description ? el("p", {}, words(body.description)) : null, media(doc, body.content)] : null,
     el("h3", {}, "Answers"), el("dl", {}, Object.entries(operation.responses).map((entry) => response(doc, entry))),
     links.length ? [el("h3", {}, "Then"), el("ul", {}, links.map((link) => el("li", {}, el("a", { href: `#${link.operationId}` }, link.operationId))))] : null);
 }
@@ -106,7 +111,7 @@ function draw(doc) {
     METHODS.filter((method) => item[method]).map((method) => ({ path, method, operation: item[method] })));
   main.replaceChildren(
     el("h1", {}, `${doc.info.title} ${doc.info.version}`),
-    ...doc.info.description.split(/\n\s*\n/).map((text) => el("p", {}, text)),
+    ...doc.info.description.split(/\n\s*\n/).map((text) => el("p", {}, words(text))),
     ...doc.tags.map((tag) => el("section", {}, el("h2", {}, tag.name), el("p", { class: "sub" }, tag.description),
       every.filter(({ operation }) => operation.tags[0] === tag.name).map(({ path, method, operation }) => {
         const details = el("details", { class: "operation", id: operation.operationId },

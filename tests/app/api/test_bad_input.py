@@ -248,3 +248,23 @@ def test_an_unreadable_file_row_is_refused(api: Api, base: BaseModel) -> None:
     api.session.commit()
     error = api.submit(training_file=public_id("file", broken.id)).json()["error"]
     assert (error["param"], error["code"]) == ("training_file", "invalid_file")
+
+
+@pytest.mark.parametrize("name", ["данные.jsonl", "数据.jsonl", "\u202ef.jsonl", "naïve.jsonl"])
+def test_a_file_may_have_any_name(api: Api, name: str) -> None:
+    answer = api.client.post(
+        "/v1/files", files={"file": (name, lines(CHAT))}, data={"purpose": "fine-tune"}
+    )
+    assert (answer.status_code, answer.json().get("filename")) == (200, name), answer.text
+
+
+def test_a_body_of_many_unknown_fields_is_refused_at_once(api: Api) -> None:
+    for count, code in ((1_001, "invalid_json"), (900, "invalid_request")):
+        body = {str(number): 1 for number in range(count)}
+        answer = api.client.post("/v1/benchmarks", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+
+
+def test_a_refused_method_names_those_of_every_route_at_its_path(api: Api) -> None:
+    answer = api.client.patch("/v1/files")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
