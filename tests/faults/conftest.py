@@ -1,6 +1,7 @@
 """A fleet with short leases, and a pair of servers of the faults' own that may be killed and restarted."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGQUIT
@@ -52,10 +53,9 @@ class Servers:
         self.redis.process.wait(30)
 
 
-@pytest.fixture(scope="session")
-def own_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """A durable pair beside the suite's, which other tests are connected to."""
-    root = tmp_path_factory.mktemp("faults")
+@contextmanager
+def start_servers(root: Path) -> Iterator[Servers]:
+    """A durable pair, migrated, for as long as the block lasts."""
     postgres = EmbeddedPostgres(root / "postgres", root / "postgres.log")
     redis = EmbeddedRedis(root / "redis", root / "redis.log")
     try:
@@ -65,6 +65,13 @@ def own_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     finally:
         redis.stop()
         postgres.stop()
+
+
+@pytest.fixture(scope="session")
+def own_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """A durable pair beside the suite's, which other tests are connected to."""
+    with start_servers(tmp_path_factory.mktemp("faults")) as servers:
+        yield servers
 
 
 @pytest.fixture

@@ -221,6 +221,8 @@ class Script:
             self.save()
         elif reply is None and (self.branch, self.step) == (0, bad_at):
             self.go_back(self.evaluate(losses_finite=False))  # saved, but its decision never came
+        elif reply is None and self.step == self.total:
+            reply = self.evaluate()
         while not (reply and reply["finish"]):
             self.step += 1
             self.progress()
