@@ -5,7 +5,7 @@ import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 from uuid import UUID
@@ -218,7 +218,7 @@ class WaitingRoom:
 
 @contextlib.contextmanager
 def noticing_departure(
-    watch: Watch, receive: Callable[[], Awaitable[dict[str, object]]]
+    watch: Watch, receive: Callable[[], Awaitable[Mapping[str, object]]]
 ) -> Iterator[None]:
     """Wakes the watch when its client leaves."""
 
