@@ -262,7 +262,8 @@ def _build_object(schema: Mapping[str, Any], schemas: Schemas, name: str) -> dic
         else:
             made[field] = build_example(inner, schemas, name="Page of items" if is_page else "")
     if {"first_id", "last_id"} <= made.keys() and made.get("data"):
-        made["first_id"] = made["last_id"] = made["data"][0]["id"]
+        page: Any = made["data"]
+        made["first_id"] = made["last_id"] = page[0]["id"]
     return made
 
 

@@ -85,8 +85,9 @@ class QuantizedLinear(nn.Linear):
         kind = input.device.type
         is_mixed = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if is_mixed else input.dtype
-        product: Tensor = _Product.apply(input.to(dtype), self)
-        return product if self.bias is None else product + self.bias.to(dtype)
+        product: Tensor = _Product.apply(input.to(dtype), self)  # type: ignore[no-untyped-call]
+        bias: Tensor | None = self.bias
+        return product if bias is None else product + bias.to(dtype)
 
     def extra_repr(self) -> str:
         """Beside torch's own."""

@@ -1,5 +1,7 @@
 """Jobs run again."""
 
+from typing import Any
+
 from app.db.models import BaseModel, Job
 from app.domain.identifiers import parse_id, public_id
 from app.domain.states import JobState
@@ -15,7 +17,7 @@ def ended(api: Api, **body: object) -> Job:
     return job
 
 
-def rerun(api: Api, job: Job, **body: object):
+def rerun(api: Api, job: Job, **body: Any) -> Any:
     return api.client.post(f"/v1/fine_tuning/jobs/{public_id('job', job.id)}/rerun", **body)
 
 

@@ -1,6 +1,7 @@
 """Where jobs start: names, what is kept for them, how it is planned, and the lineage of what they make."""
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.db.models import Alias, Job, RegisteredModel, RegisteredVersion
@@ -165,10 +166,11 @@ def test_checkpoints_of_jobs_that_started_from_checkpoints_lie_over_one_another(
     plan, _, starts = _planned(stand, checkpoint_name(early, saved.step), settings)
     assert [state.checkpoint_id for state in starts] == [below.id, saved.id]
     assert [layer.kind for layer in plan.base.layers] == ["checkpoint", "checkpoint"]
+    job = stand.session.scalars(select(Job).where(Job.start_checkpoint_id == saved.id)).one()
     saved.corrupt = True
     stand.session.flush()
     with pytest.raises(TrainingFailed, match="gone") as told:
-        _replanned(stand, settings)
+        _replanned(stand, job, settings)
     assert told.value.param == "model"
 
 
@@ -177,12 +179,11 @@ def _planned(stand: Stand, name: str, settings: Settings):
     job.move_to(JobState.RUNNING)
     job.worker_id, job.lease_expires_at, job.attempt = "worker", lease(60), 1
     stand.session.flush()
-    stand.job = job
-    return _replanned(stand, settings)
+    return _replanned(stand, job, settings)
 
 
-def _replanned(stand: Stand, settings: Settings):
-    scratch = Scratch(settings.scratch_root, stand.job.id, 1)
-    prepared = build_run_plan(stand.session, stand.job, settings, scratch)
+def _replanned(stand: Stand, job: Job, settings: Settings):
+    scratch = Scratch(settings.scratch_root, job.id, 1)
+    prepared = build_run_plan(stand.session, job, settings, scratch)
     assert isinstance(prepared.plan, RunPlan)
     return prepared.plan, prepared.inputs, prepared.starts

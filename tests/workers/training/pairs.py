@@ -1,6 +1,7 @@
 """Pairs of answers for the tests of preference runs: random ones, ones that can be learned, and files of them."""
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def store(rows):
 def make_pairs(count=24, *, seed=0, longest=14):
     """Random prompts, each with two answers of other lengths."""
     generator = np.random.default_rng(seed)
-    sides = ([], [])
+    sides: tuple[list[Any], list[Any]] = ([], [])
     for _ in range(count):
         prompt = generator.integers(3, 300, int(generator.integers(2, 9)))
         for side in sides:

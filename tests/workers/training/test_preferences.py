@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_the_loss_is_log_2_where_policy_and_reference_are_one(beta):
 
 def test_the_loss_is_equation_7():
     policy, reference = ((-2.0, -5.0), (-4.0, -3.0)), ((-3.0, -4.5), (-2.5, -3.5))
-    found = judge(*(tuple(columns(*side) for side in pair) for pair in (policy, reference)), 0.4)
+    won_and_lost = [(columns(*pair[0]), columns(*pair[1])) for pair in (policy, reference)]
+    found = judge(won_and_lost[0], won_and_lost[1], 0.4)
     for place in range(2):
         won = policy[0][place] - reference[0][place]
         lost = policy[1][place] - reference[1][place]
@@ -91,7 +93,8 @@ def test_the_loss_is_equation_7():
 def test_the_gradient_of_the_loss_is_right():
     generator = torch.Generator().manual_seed(3)
     policy = [torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2)]
-    reference = tuple(torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2))
+    first, second = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2))
+    reference = (first, second)
     for side in policy:
         side.requires_grad_()
     assert torch.autograd.gradcheck(
@@ -129,7 +132,7 @@ def test_trl_finds_the_same_loss_and_rewards():
         mean_logits=log_p,
         is_top1=torch.ones(6, 7, dtype=torch.bool),
     )
-    metrics = {"train": defaultdict(list)}
+    metrics: dict[str, Any] = {"train": defaultdict(list)}
     state = SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
@@ -173,16 +176,22 @@ def test_the_first_step_costs_log_2(tmp_path, kind):
 def test_a_step_is_the_mean_loss_of_its_pairs_written_out(tmp_path, kind):
     pairs = make_pairs()
     run = make_pair_run(tmp_path, pairs=pairs, kind=kind, dtype=torch.float64, general=False)
-    drawn = []
+    drawn: list[Any] = []
     plan_pairs = run.preferences.plan
-    run.preferences.plan = lambda rows, *a, **k: drawn.extend(rows) or plan_pairs(rows, *a, **k)
+
+    def plan(rows, *arguments, **named):
+        drawn.extend(rows)
+        return plan_pairs(rows, *arguments, **named)
+
+    run.preferences.plan = plan
     reference = run.preferences.reference_P2.clone()
     for row in range(len(pairs)):
         with torch.no_grad():
             own = [log_prob(run.model, *s.row(row)) for s in (pairs.chosen, pairs.rejected)]
         assert reference[row].tolist() == pytest.approx([float(x) for x in own], abs=1e-9)
     push_off(run.ctx.params, alpha=0.02)
-    losses, margins = [], []
+    losses: list[torch.Tensor] = []
+    margins: list[float] = []
     run.optimizer.step = lambda *_, **__: None
     kept = run.optimizer.zero_grad
     run.optimizer.zero_grad = lambda **_: None
@@ -197,8 +206,9 @@ def test_a_step_is_the_mean_loss_of_its_pairs_written_out(tmp_path, kind):
         losses.append(-F.logsigmoid(BETA * (won - lost)))
         margins.append(float(BETA * (won - lost).detach()))
     assert len(losses) == run.training.batch_size
-    (sum(losses) / len(losses)).backward()
-    assert metrics.train_loss == pytest.approx(float(sum(losses).detach()) / len(losses), rel=1e-9)
+    mean = torch.stack(losses).mean()
+    mean.backward()
+    assert metrics.train_loss == pytest.approx(float(mean.detach()), rel=1e-9)
     assert metrics.values["train_reward_margin"] == pytest.approx(sum(margins) / len(margins))
     assert metrics.values["train_reward_accuracy"] == sum(m > 0 for m in margins) / len(margins)
     norm = math.sqrt(sum(float((p.grad**2).sum()) for p in run.ctx.params.values()))
@@ -270,7 +280,10 @@ def test_replayed_rows_add_their_mean_nats_by_the_mix_ratio(tmp_path):
     )
     alone, both = train_step(plain), train_step(mixed)
     assert both.train_loss == pytest.approx(alone.train_loss)  # the pairs' own
-    added = both.values["loss"] - alone.values["loss"]
+    with_rows, without = both.values["loss"], alone.values["loss"]
+    assert with_rows is not None
+    assert without is not None
+    added = with_rows - without
     assert added == pytest.approx(0.25 * math.log(300), rel=0.02)  # an untrained model's nats
     assert mixed.history[-1].values["strategy/replay/rows"] == 2
 
@@ -338,7 +351,9 @@ def test_a_rollback_takes_up_the_weights_and_keeps_the_reference(tmp_path):
     assert make_carry(run).cursors == carry.cursors
     assert torch.equal(run.preferences.reference_P2, reference)
     set_carry(run, carry)
-    assert math.isfinite(train_step(run).train_loss)
+    loss = train_step(run).train_loss
+    assert loss is not None
+    assert math.isfinite(loss)
 
 
 def test_the_reference_is_read_once_for_a_model_and_a_file(tmp_path):

@@ -163,6 +163,7 @@ def test_adapters_get_the_gradients_of_the_dequantised_model(tmp_path, kind):
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-6)
+        assert grad is not None
         assert bool(grad.any())
 
 
