@@ -100,6 +100,8 @@ def estimate(asked: Asked, device: Device, calibration: Calibration | None = Non
     phases["strategies"] = sum(line.seconds_once for line in lines)
     phases["checkpoints"] = checkpoint * num_checkpoints * DISK_SECONDS_PER_BYTE
     phases["exporting"] = artifact * DISK_SECONDS_PER_BYTE
+    if asked.sides > 1:
+        phases["reference"] = _reference(asked, pace)
     if asked.student is not None:
         phases["student"] = _student(pace, asked.student, plain[0])
     fits = (
@@ -146,11 +148,11 @@ def _strategy(
     for rows, count in zip(plain, steps, strict=True):
         seconds = cost.light_share * without + cost.reread_rows * pace.passes(rows)
         if cost.added_rows:
-            seconds += pace.passes(rows.times(cost.added_rows), within=rows)
+            seconds += pace.passes(rows.times(cost.added_rows / asked.sides), within=rows)
         if cost.taught_rows:
-            seconds += pace.forward(rows.times(cost.taught_rows), within=rows)
+            seconds += pace.forward(rows.times(cost.taught_rows / asked.sides), within=rows)
         extra.append(seconds)
-        added += count * rows.real_tokens * cost.added_rows
+        added += count * rows.real_tokens * cost.added_rows / asked.sides
     source = asked.general if cost.needs_general else asked.stages[0].rows
     available = 0 if source is None else source.num_rows
     mean = 0.0 if source is None else source.mean_tokens
@@ -179,6 +181,12 @@ def _phases(pace: Pace, work: EvaluationWork, train_seconds: float) -> dict[str,
     if work.is_budgeted:
         found["evaluating"] += work.budget_seconds
     return {"training": train_seconds} | found
+
+
+def _reference(asked: Asked, pace: Pace) -> float:
+    """The model that pairs are held to reads each of them once."""
+    rows = asked.stages[0].rows
+    return pace.reading(rows.tokens + asked.evaluation.validation_tokens, rows.mean_tokens)
 
 
 def _student(pace: Pace, student: ResolvedStudent, rows: StepRows) -> float:
@@ -237,7 +245,7 @@ def _calibrated(memory: Memory, calibration: Calibration, *, is_lora: bool) -> M
 def _step_rows(asked: Asked, stage: StageRows, device: Device) -> StepRows:
     return plan_steps(
         stage.rows.rows,
-        batch_size=stage.training.batch_size,
+        batch_size=stage.training.batch_size * asked.sides,
         max_tokens=stage.training.max_tokens_per_micro_batch,
         spare=spare_padding(asked.shape.num_parameters, device.type),
     )

@@ -56,9 +56,19 @@ class Asked(Frozen):
     student: ResolvedStudent | None = None
 
     @property
+    def sides(self) -> int:
+        """Rows that are read of each that is drawn: two where answers are compared."""
+        return count_sides(self.training)
+
+    @property
     def steps(self) -> int:
         """Of all stages."""
         return sum(stage.training.total_steps for stage in self.stages)
+
+
+def count_sides(training: ResolvedTraining) -> int:
+    """Rows that a run reads of each that it draws."""
+    return 1 if training.beta is None else 2
 
 
 def find_trained(

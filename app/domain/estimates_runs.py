@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from app.domain.estimates_calibration import Measured, Run
-from app.domain.estimates_job import find_trained
+from app.domain.estimates_job import count_sides, find_trained
 from app.domain.estimates_memory import Numbers, layer_activation_bytes, measure_memory
 from app.domain.estimates_shapes import ModelShape
 from app.domain.estimates_strategies import extra_cost, strategy_memory
@@ -37,10 +37,11 @@ def reckon_run(
         shape, trained, numbers, width=round(rows.pairs / rows.tokens), device=device
     )
     # The rows that strategies add are among those counted; what else they do is a share of the plain ones.
-    plain = 1 / (1 + sum(cost.added_rows for cost in costs))
+    sides = count_sides(training)
+    plain = 1 / (1 + sum(cost.added_rows for cost in costs) / sides)
     passes = step_work(shape, trained, rows, layer)
     again = 1 + plain * sum(cost.reread_rows + cost.light_share for cost in costs)
-    taught = plain * sum(cost.taught_rows for cost in costs)
+    taught = plain * sum(cost.taught_rows for cost in costs) / sides
     work = passes.times(again) + forward_work(shape, rows, layer).times(taught)
     teacher = Numbers.of(device=device, precision=training.precision, lora=True)
     kept = sum(

@@ -21,6 +21,7 @@ from app.domain.estimates_evaluation import BenchmarkRows, EvaluationRows
 from app.domain.estimates_job import Asked, RowSample, StageRows
 from app.domain.estimates_runs import reckon_run
 from app.domain.estimates_shapes import ModelShape
+from app.domain.methods import is_preference
 from app.domain.spec import CreateJob, JobSpec
 from app.errors import BadRequest
 from app.services.estimate_rows import (
@@ -148,7 +149,7 @@ def _find(session: Session, project_id: UUID, body: CreateJob) -> Found:
         files["general"] = resolved.files.general
     if resolved.files.validation is not None:
         files["validation"] = resolved.files.validation
-    row = MeasuredRepository(session).find_file_bytes(base.id)
+    row = MeasuredRepository(session).find_file_bytes(base.id, compares=is_preference(body))
     return Found(
         spec=resolved.spec,
         shape=shape,

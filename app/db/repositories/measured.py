@@ -8,6 +8,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.db.models import BaseModel, File, Job, MeasuredRun
+from app.domain.rows import RowFormat
 
 
 class MeasuredJob(NamedTuple):
@@ -60,13 +61,25 @@ class MeasuredRepository:
         )
         return [MeasuredJob(*row) for row in rows]
 
-    def find_file_bytes(self, base_model_id: UUID) -> tuple[dict[str, Any], int, int] | None:
-        """The latest run on a base model with the bytes and rows of its training file."""
+    def find_file_bytes(
+        self, base_model_id: UUID, *, compares: bool = False
+    ) -> tuple[dict[str, Any], int, int] | None:
+        """The latest run on a base model with the bytes and rows of its training file.
+
+        Args:
+            base_model_id: The model.
+            compares: Of a file whose rows compare answers, or else of one whose rows show them.
+        """
+        found, wanted = File.report["format"].as_string(), RowFormat.PREFERENCE.value
         row = self._session.execute(
             select(MeasuredRun.measured, File.size_bytes, File.report["num_rows"].as_integer())
             .join(Job, Job.id == MeasuredRun.job_id)
             .join(File, File.id == Job.training_file_id)
-            .where(MeasuredRun.base_model_id == base_model_id, File.report["num_rows"].isnot(None))
+            .where(
+                MeasuredRun.base_model_id == base_model_id,
+                File.report["num_rows"].isnot(None),
+                found == wanted if compares else found.is_distinct_from(wanted),
+            )
             .order_by(MeasuredRun.seq.desc())
             .limit(1)
         ).first()

@@ -7,6 +7,7 @@ import pytest
 from app.db.models import BaseModel
 from tests.app.api.conftest import CHAT, Api
 from tests.app.domain.test_preferences import dpo, pair
+from tests.shapes import llama_shape
 
 pytestmark = pytest.mark.usefixtures("base")
 
@@ -82,3 +83,23 @@ def test_a_bad_pair_is_refused_at_upload_with_its_line(api: Api) -> None:
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_row", "file")
     assert error["message"].startswith("file line 2: preferred_output: 0: must be of an assistant")
+
+
+def test_an_estimate_knows_both_answers_and_the_reference(api: Api, base: BaseModel) -> None:
+    base.details = base.details | {"shape": llama_shape().model_dump(mode="json")}
+    api.session.commit()
+    rows = [pair(f"good answer {n}", f"bad answer {n}") for n in range(40)]
+    shown = [{"messages": [*row["input"]["messages"], *row["preferred_output"]]} for row in rows]
+    found = {}
+    for name, content, method in (("dpo", rows, dpo(n_epochs=2)), ("supervised", shown, None)):
+        body = {"model": "tiny", "training_file": api.upload(content).json()["id"]}
+        numbers = {} if method is None else {"method": method}
+        answer = api.client.post("/v1/fine_tuning/estimates", json=body | numbers)
+        assert answer.status_code == 200, answer.text
+        found[name] = answer.json()
+    per_epoch = {"dpo": 2, "supervised": 8}  # the latter by `auto`
+    tokens = {name: found[name]["train_tokens"] / n for name, n in per_epoch.items()}
+    assert tokens["dpo"] == pytest.approx(2 * tokens["supervised"], rel=0.05)
+    assert found["dpo"]["steps"] == 20
+    assert found["dpo"]["seconds_by_phase"]["reference"] > 0
+    assert "reference" not in found["supervised"]["seconds_by_phase"]

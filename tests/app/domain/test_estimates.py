@@ -219,3 +219,31 @@ def test_the_table_of_gpus_is_plausible() -> None:
     for gpu in KNOWN_GPUS:
         assert gpu.memory_bytes is not None
         assert 0 < usable_bytes(gpu.memory_bytes) < gpu.memory_bytes
+
+
+def test_a_pair_is_read_twice_and_once_more_by_what_it_is_held_to() -> None:
+    """Twice the rows of a step in training; before it one forward over both answers of each."""
+    shown = make_training(precision="auto", max_tokens_per_micro_batch=4096, batch_size=8)
+    compared = shown.model_copy(update={"beta": 0.1})
+    rows = RowSample(rows=(RowTokens(129, 60),) * 16, num_rows=160)
+    sides = rows.model_copy(update={"num_rows": 320})
+    shape = llama_shape(**FIVE_B)
+    one = reckon(shape=shape, training=shown)
+    two = reckon(
+        shape=shape,
+        training=compared,
+        stages=(StageRows(training=compared, rows=sides),),
+        strategies=(ReplayConfig(strength=0.25),),
+    )
+    assert (two.steps, two.train_tokens) == (one.steps, 2 * one.train_tokens)
+    assert two.padded_tokens == 2 * one.padded_tokens
+    assert 1.5 < two.seconds_by_phase["training"] / one.seconds_by_phase["training"] < 3
+    assert "reference" not in one.seconds_by_phase
+    epoch = two.seconds_by_phase["training"] * 20 / two.steps
+    assert 0.1 < two.seconds_by_phase["reference"] / epoch < 0.5  # a forward is a third of a step
+    (replay,) = two.strategies
+    same = reckon(shape=shape, strategies=(ReplayConfig(strength=0.25),)).strategies[0]
+    assert replay.tokens == pytest.approx(same.tokens, rel=1e-6)  # rows, not pairs, are replayed
+    longer = one.memory.peak
+    assert two.memory.peak == pytest.approx(longer, rel=0.5)
+    assert two.memory.peak >= longer
