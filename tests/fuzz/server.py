@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import UUID
 
@@ -21,6 +21,7 @@ from app.domain.states import JobState
 from app.embedded import EmbeddedServices
 from app.embedded.processes import find_free_port
 from app.services.keys import create_key
+from app.services.model_files import open_source, read_facts
 from app.services.storage import Storage
 from app.settings import Settings
 from tests.databases import ROOT, migrate
@@ -131,7 +132,17 @@ def fill_project(
     session: Session, storage: Storage, project: Project, root: Path
 ) -> dict[str, str]:
     """A base model `llama`, files, a benchmark and an ended job, under the ids that the examples name."""
-    base = store_base_model(session, storage, root / "base", name="llama")
+    with open_source(str(root / "base"), revision=None, token=None, scratch=root) as source:
+        facts = asdict(read_facts(source))
+    has_template = facts.pop("has_chat_template")
+    base = store_base_model(
+        session,
+        storage,
+        root / "base",
+        name="llama",
+        details=facts,
+        has_chat_template=has_template,
+    )
     rows = store_file(session, storage, project, ROWS, root / "rows", id=UUID(int=1))
     base.general_file_id = store_file(session, storage, None, ROWS, root / "rows").id
     told = {"scorer": "multiple_choice", "num_items": 40, "chance_level": 0.5}
