@@ -22,6 +22,8 @@ from tests.faults.fleet import measured
 
 TOTAL_STEPS, INTERVAL, SAVED_EVERY = 40, 10, 4
 JOBS, KILLS_PER_JOB = 6, 5
+#: What an undisturbed run lacks, and what only the job has that measures the base model's baseline for all.
+NOT_COMPARED = {"claimed", "crashed", "released", "checkpoint_damaged", "sensor_power"}
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
 
@@ -65,7 +67,7 @@ def told(stack: Stack, job_id: UUID) -> list[tuple[Any, ...]]:
     found = []
     for event in stack.rows(JobEvent, job_id):
         data = event.data or {}
-        if data.get("code") in {"claimed", "crashed", "released"} or "status" in data:
+        if data.get("code") in NOT_COMPARED or "status" in data:
             continue
         keys = ("code", "branch", "step", "train_loss", "valid_loss", "action", "verdict")
         found.append((event.type, *(data.get(key) for key in keys)))
@@ -85,6 +87,13 @@ def reference(stack: Stack) -> dict[str, Any]:
     assert actions[0] == "roll_back"
     assert found["losses"][-1][0] == str(TOTAL_STEPS)
     return found
+
+
+def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Nothing differs, bit for bit; what does is named."""
+    told, untold = set(found["told"]), set(expected["told"])
+    assert (sorted(untold - told, key=str), sorted(told - untold, key=str)) == ([], [])
+    assert found == expected
 
 
 def place(stack: Stack, job_id: UUID) -> int:
@@ -115,7 +124,7 @@ def test_thirty_kills_at_random_points_change_nothing(stack: Stack, reference: d
 
     stack.wait(kill_due, "all of them end", seconds=1200)
     for job_id in jobs:
-        assert outcome(stack, job_id) == reference
+        check_same(outcome(stack, job_id), reference)
         stack.check_history(job_id, attempts=1 + kills[job_id])
         assert len([d for d in stack.rows(DecisionRow, job_id) if d.action == "roll_back"]) == 1
     assert sum(kills.values()) >= JOBS * KILLS_PER_JOB - JOBS  # a run may end before its last
@@ -142,7 +151,7 @@ def test_f20_torn_flipped_and_unlisted_checkpoints_cost_steps_and_change_nothing
         content[len(content) // 2] ^= 1
         path.write_bytes(content if row is newest[-1] else content[:-1])
     stack.start("worker")
-    assert outcome(stack, job_id) == reference
+    check_same(outcome(stack, job_id), reference)
     stack.check_history(job_id, attempts=2)
     assert [
         c.corrupt for c in stack.rows(Checkpoint, job_id) if c.id in {r.id for r in newest}
