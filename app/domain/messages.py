@@ -170,6 +170,10 @@ class Finished(Frozen):
     seconds: dict[str, float]  # by phase
     failure: Literal["retention_not_met"] | None = None
     measured: Measured | None = None  # None: the last attempt had no more than one step
+    merged_baseline: tuple[
+        BenchmarkScores, ...
+    ] = ()  # of the whole base, report items, where adapters of
+    # a quantised base were merged into it: what `report` is then compared with
 
 
 class ExportFinished(Frozen):
@@ -180,6 +184,7 @@ class ExportFinished(Frozen):
     artifact_directory: str
     artifact_kind: Literal["adapter", "full"]
     report: tuple[BenchmarkScores, ...]
+    merged_baseline: tuple[BenchmarkScores, ...] = ()  # as in `Finished`
 
 
 class EvaluationFinished(Frozen):

@@ -175,7 +175,8 @@ def _shape_of(base: BaseModel) -> ModelShape:
 
 
 def _benchmarks(session: Session, resolved: ResolvedJob) -> tuple[BenchmarkRows, ...]:
-    key, history = baseline_key(resolved.start.plan(session)), HistoryRepository(session)
+    start = resolved.start.plan(session).quantized(resolved.spec.training.quantization)
+    key, history = baseline_key(start), HistoryRepository(session)
     per_token = guess_bytes_per_token(resolved.start.base.details.get("vocab_size"))
 
     def describe(found: Watched) -> BenchmarkRows:

@@ -95,7 +95,7 @@ def finish_export(
     spec = ExportSpec.model_validate(job.spec)
     source = session.get_one(Job, parse_id("job", spec.source_job_id))
     source_spec = JobSpec.model_validate(source.spec)
-    reading = judge_scores(session, source, message.report)
+    reading = judge_scores(session, source, message.report, message.merged_baseline)
     publication = judge_publication(
         source_spec.policy,
         reading,

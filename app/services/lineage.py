@@ -157,6 +157,8 @@ def _root_key(repository: LineageRepository, model: ModelVersion, base: BaseMode
     if known is None:
         return base_key(base)
     plan = BasePlan.model_validate(known)
+    if model.kind == "full":  # adapters of a quantised base were merged into the whole one
+        plan = plan.quantized("none")
     # What the job started from may be a version itself, with baselines of its own.
     return baseline_key(plan.model_copy(update={"sha256": plan.registered_sha256}))
 

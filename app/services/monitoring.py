@@ -1,5 +1,6 @@
 """The closed loop's one function: scores in, verdict and decision written, and what the trainer does next."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -23,6 +24,7 @@ from app.domain.messages import DecisionReply, Evaluated, Finished, RollBack
 from app.domain.power import Power, power
 from app.domain.publishing import Publication, judge_publication
 from app.domain.replay import replay
+from app.domain.runplan import BasePlan
 from app.domain.sensing import read_report, read_sensor
 from app.domain.spec import JobSpec
 from app.domain.states import CheckpointStatus
@@ -41,6 +43,7 @@ from app.services.evaluations import (
     EvaluationPoint,
     Watch,
     add_evaluation,
+    baseline_key,
     load_watch,
     merge_baseline,
     plan_power,
@@ -174,7 +177,8 @@ def final_verdict(session: Session, job: Job, finished: Finished) -> FinalVerdic
     """
     watch = load_watch(session, job)
     tuned = _read_report(session, watch, finished.tuned_report)
-    is_tuned = finished.report == finished.tuned_report
+    is_tuned = finished.report == finished.tuned_report and not finished.merged_baseline
+    watch = _beside_the_whole(session, job, watch, finished.merged_baseline)
     published = tuned if is_tuned else _read_report(session, watch, finished.report)
     checkpoint = (
         None
@@ -200,9 +204,30 @@ def final_verdict(session: Session, job: Job, finished: Finished) -> FinalVerdic
     )
 
 
-def judge_scores(session: Session, job: Job, scores: Sequence[BenchmarkScores]) -> Reading | None:
+def judge_scores(
+    session: Session,
+    job: Job,
+    scores: Sequence[BenchmarkScores],
+    merged_baseline: Sequence[BenchmarkScores] = (),
+) -> Reading | None:
     """The report test of scores that are not kept; None where the job watches nothing."""
-    return _read_report(session, load_watch(session, job), scores)
+    watch = _beside_the_whole(session, job, load_watch(session, job), merged_baseline)
+    return _read_report(session, watch, scores)
+
+
+def _beside_the_whole(
+    session: Session, job: Job, watch: Watch, baseline: Sequence[BenchmarkScores]
+) -> Watch:
+    """The watch on a quantised run's adapters merged into the whole base: that base's own scores are kept for it."""
+    if not baseline or job.run_plan is None:
+        return watch
+    base = BasePlan.model_validate(job.run_plan["base"])
+    whole = dataclasses.replace(watch, baseline_key=baseline_key(base.quantized("none")))
+    names = {row_id(plan.benchmark_version_id): plan.name for plan in watch.benchmarks}
+    for found in baseline:
+        version = watch.versions[row_id(found.benchmark_version_id)]
+        merge_baseline(session, whole.baseline_key, version, names[version.id], found)
+    return whole
 
 
 def _catch_up(history: HistoryRepository, job: Job, message: Evaluated) -> DecisionReply:

@@ -105,6 +105,28 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     return merged
 
 
+@torch.no_grad()
+def merge_onto(model: nn.Module, base: nn.Module) -> None:
+    """Adds every active adapter's change to a base in place; what the adapters lie on in `model` isn't read.
+
+    Args:
+        model: A peft model, whose own base may be quantised.
+        base: The same model unwrapped, with floating-point weights.
+
+    Raises:
+        TrainingFailed: An adapter is no plain LoRA, or the base has no such weight; code `merge_failed`.
+    """
+    weights = dict(base.named_parameters())
+    for adapter in active_adapters(model):
+        for name, layer in adapted_layers(model, adapter, "merge_failed").items():
+            weight = weights.get(f"{base_name(name)}.weight")
+            change = adapter_change(layer, adapter)
+            if weight is None or weight.shape != change.shape or not weight.is_floating_point():
+                _refuse(f"{name} is no weight of the base", "merge_failed")
+            else:
+                weight.copy_(weight.float() + change.to(weight.device))
+
+
 def adapter_change(layer: Any, adapter: str) -> Tensor:  # noqa: ANN401 - peft is untyped
     """What an adapter adds to a layer's weight: scale * B @ A in float32, in the weight's own layout."""
     lora_A, lora_B = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()

@@ -19,6 +19,7 @@ from workers.training.blend import line_from_base
 from workers.training.checkpoints import set_weights
 from workers.training.conversation import Conversation
 from workers.training.forward import SelectedLogits
+from workers.training.merging import merge_into_whole
 from workers.training.models import autocast_type, load_base, load_tokenizer
 from workers.training.opening import chat_template, make_score
 from workers.training.ranks import Ranks
@@ -50,6 +51,10 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
     suite = Suite.read(plan.benchmarks, score, most_gate_items(Policy()))
     report = suite.packed(suite.measure("report"), "report")
     directory = Path(plan.scratch_directory) / f"artifact-a{plan.attempt}"
+    merged = None
+    if needs_merging(plan):
+        merged = merge_into_whole(plan, model, suite, tokenizer, ranks)
+        model, report = merged.model, merged.report
     write_artifact(plan, model, tokenizer, directory, alpha=plan.alpha)
     talk.ask(
         ExportFinished(
@@ -57,6 +62,7 @@ def export(plan: ExportPlan, talk: Conversation, ranks: Ranks, device: torch.dev
             artifact_directory=str(directory),
             artifact_kind=artifact_kind(plan),
             report=report,
+            merged_baseline=() if merged is None else merged.baseline,
         )
     )
 
@@ -91,6 +97,11 @@ def artifact_kind(plan: RunPlan | ExportPlan) -> ArtifactKind:
     return "adapter" if plan.training.type == "lora" and plan.base.takes_adapters else "full"
 
 
+def needs_merging(plan: RunPlan | ExportPlan) -> bool:
+    """Whether what is published are whole weights, which a run on a quantised base has never held."""
+    return plan.base.quantization != "none" and artifact_kind(plan) == "full"
+
+
 def write_artifact(
     plan: RunPlan | ExportPlan,
     model: nn.Module,
@@ -122,6 +133,7 @@ def write_artifact(
             "base_model": plan.base.name,
             "base_sha256": plan.base.registered_sha256,
             "template": "built-in" if plan.base.default_template else "base",
+            "quantization": plan.base.quantization,  # of the base that the adapters were trained on
         },
         chat_template=chat_template(plan.base),
         extras=beside,

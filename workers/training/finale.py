@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from app.domain.benchmarks import BenchmarkKind, BenchmarkScores
 from app.domain.decisions import Verdict
 from app.domain.estimates_calibration import Measured
@@ -14,7 +16,8 @@ from app.domain.sensing import holds, read_report
 from app.domain.spec import ResolvedStudent
 from workers.export.interpolate import Interpolation
 from workers.training.checkpoints import load_checkpoint
-from workers.training.exporting import artifact_kind, write_artifact
+from workers.training.exporting import artifact_kind, needs_merging, write_artifact
+from workers.training.merging import merge_into_whole, report_values
 from workers.training.preferences import CHOSEN, REJECTED
 from workers.training.session import Session
 from workers.training.shifting import report_shift
@@ -58,6 +61,7 @@ def finish(session: Session, reply: DecisionReply) -> None:
             seconds={name: round(seconds, 3) for name, seconds in session.seconds.items()},
             failure=outcome.failure,
             measured=_measured(session),
+            merged_baseline=outcome.merged_baseline,
         )
     )
 
@@ -84,6 +88,7 @@ class Outcome:
     valid_loss: float | None = None
     frontier: tuple[FrontierPoint, ...] = ()
     failure: Literal["retention_not_met"] | None = None
+    merged_baseline: tuple[BenchmarkScores, ...] = ()
 
 
 def _publish(session: Session, target: PublishTarget) -> Outcome:
@@ -111,7 +116,8 @@ def _publish(session: Session, target: PublishTarget) -> Outcome:
     outcome.valid_loss = _finite(session.validate()[0])
     report_shift(session, line, outcome.alpha)
     session.enter("exporting")
-    outcome.artifact_directory = save_published(session, outcome.alpha)
+    merged = _merge(session, outcome) if needs_merging(session.plan) else None
+    outcome.artifact_directory = save_published(session, outcome.alpha, merged)
     if session.plan.student is not None and outcome.failure is None:
         _distil(session, session.plan.student, outcome)
     return outcome
@@ -260,10 +266,27 @@ def write_result(session: Session, path: Path) -> None:
             writer.writerow([row.step, *numbers, *(row.values.get(name) for name in names)])
 
 
-def save_published(session: Session, alpha: float) -> str:
-    """Writes the artifact of the weights as they stand; its directory."""
+def _merge(session: Session, outcome: Outcome) -> nn.Module:
+    """Whole weights from a quantised run: measured again, and judged by what they measure."""
+    suite, run = session.suite, session.run
+    merged = merge_into_whole(session.plan, run.model, suite, session.tokenizer, run.ranks)
+    session.talk.note(
+        "info",
+        "merged_into_whole",
+        f"The adapters were trained on a base in {session.plan.base.quantization} and are published in the"
+        " whole one, so the report set was measured again there.",
+        quantized=report_values(suite, outcome.report),
+        merged=report_values(suite, merged.report),
+        whole_base=report_values(suite, merged.baseline),
+    )
+    outcome.report, outcome.merged_baseline = merged.report, merged.baseline
+    return merged.model
+
+
+def save_published(session: Session, alpha: float, merged: nn.Module | None = None) -> str:
+    """Writes the artifact of the weights as they stand, or of what they were merged into; its directory."""
     run, plan = session.run, session.plan
-    model = run.model
+    model = run.model if merged is None else merged
     for strategy in run.strategies:
         model = strategy.export(run.ctx, model)
     directory = session.scratch / f"artifact-a{plan.attempt}"

@@ -360,6 +360,29 @@ def test_the_report_set_gives_the_final_verdict(
     assert verdict.tuned.alpha == 0.05
 
 
+def test_adapters_merged_into_the_whole_base_are_judged_beside_it(session) -> None:
+    job, versions = start_job(session)
+    job.run_plan = job.run_plan | {"base": job.run_plan["base"] | {"quantization": "nf4"}}
+    session.flush()
+    record_baseline(session, job, [make_scores(v, lost=0, item_set="all") for v in versions])
+    checkpoint = save_checkpoint(session, job, 60)
+    fine = finished(checkpoint, versions, lost=0)
+    whole = tuple(make_scores(v, lost=0, item_set="report") for v in versions)
+    lost = tuple(make_scores(v, lost=300, item_set="report") for v in versions)
+    merged = fine.model_copy(update={"report": lost, "merged_baseline": whole})
+    verdict = final_verdict(session, job, merged)
+    assert verdict.tuned is not None
+    assert verdict.published is not None
+    assert (verdict.tuned.verdict, verdict.published.verdict) == ("pass", "regress")
+    assert verdict.publication.failure == "retention_not_met"
+    rows = session.scalars(select(Evaluation).where(Evaluation.purpose == "baseline")).all()
+    keys = {row.subject_key for row in rows}
+    assert {key.endswith("/nf4") for key in keys} == {True, False}
+    reading = judge_scores(session, job, lost, whole)
+    assert reading is not None
+    assert reading.verdict == "regress"
+
+
 def test_retention_off_is_told_apart_from_nothing_to_watch(session) -> None:
     off, _ = make_running_job(session, policy=None, retention=None, scorers=())
     unwatched, _ = make_running_job(session, policy=None, scorers=())
