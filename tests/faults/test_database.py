@@ -68,14 +68,14 @@ def test_f06_long_partition_another_worker_goes_on_and_the_first_stops_within_it
         fleet.wait_for_workers(2)
         stalled_at = time.time()
         proxy.stall()
+        wait_dead(trainers, seconds=30)
+        stopped_after = time.time() - stalled_at
+        assert stopped_after < allowed(4.0 + 2.0)  # the grace, and one look
         claim = fleet.claimed(job_id, 2)
         taken_after = claim.created_at.timestamp() - stalled_at
         # A write that was cut off in its middle holds its row until the server ends it: ten seconds,
         # which are a sixth of a lease of a minute and more than the one of this test.
         assert taken_after < fleet.takeover_seconds + allowed(10)
-        wait_dead(trainers, seconds=30)
-        stopped_after = time.time() - stalled_at
-        assert stopped_after < allowed(4.0 + 2.0)  # the grace, and one look
         saved = len([c for c in fleet.rows(Checkpoint, job_id) if c.attempt == 1])
         proxy.resume()
         fleet.reaches(job_id, 60)

@@ -130,6 +130,21 @@ def check_interrupted(tmp_path: Path, undisturbed: Supervisor, least: int, seed:
     measured("exact resume, in process", runs=runs, **counts, runs_that_differ=0)
 
 
+def test_a_stop_right_after_a_rollback_costs_no_look(tmp_path: Path, undisturbed: Supervisor):
+    """What is saved then lies at an evaluated step, on a branch that has not begun: nothing is evaluated again."""
+    supervisor = make(tmp_path / "job")
+
+    def is_rollback(message: Any) -> bool:
+        return message.type == "evaluated" and (message.branch, message.step) == (0, 8)
+
+    stopped = supervisor.run_here(send_after=lambda m: [stop("drain")] if is_rollback(m) else [])
+    assert stopped != EXIT_DONE
+    assert max(supervisor.checkpoints) == (1, 4)
+    assert supervisor.run_here() == EXIT_DONE
+    assert outcome(supervisor) == outcome(undisturbed)
+    assert same(weights(supervisor), weights(undisturbed))
+
+
 @pytest.mark.slow
 def test_a_run_interrupted_anywhere_ends_bit_identically(tmp_path: Path, undisturbed: Supervisor):
     check_interrupted(tmp_path, undisturbed, 30, seed=1)

@@ -102,10 +102,16 @@ def resume(session: Session) -> DecisionReply | None:
     session.has_started = True
     if point.decision is not None:
         return point.decision if carry_out(session, point.decision) else None
-    was_rolled_back = point.carry is not None
-    if run.step > 0 and not was_rolled_back and is_evaluation_point(session):
+    if run.step > 0 and not _is_rolled_back(session) and is_evaluation_point(session):
         return evaluate(session)  # it was saved, but its decision never came
     return None
+
+
+def _is_rolled_back(session: Session) -> bool:
+    """Whether no step was done since a rollback: its target was evaluated on the branch that was left."""
+    run, point = session.run, session.plan.resume
+    has_run_on = bool(run.history) and run.history[-1].branch == run.branch
+    return (point is not None and point.carry is not None) or not has_run_on
 
 
 def train(session: Session) -> DecisionReply:
