@@ -195,6 +195,7 @@ def test_f10_database_away_for_longer_than_a_lease_costs_no_live_worker_its_job(
 class TestF11:
     """The server commits and its reply is lost."""
 
+    @pytest.mark.slow
     def test_f11_lost_reply_to_a_claim_is_taken_up_by_the_same_worker(self, fleet: Fleet):
         job_id = fleet.submit()
         with behind(fleet) as proxy:
