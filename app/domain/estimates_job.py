@@ -104,6 +104,7 @@ def find_trained(
         top_layers=shape.num_layers if passes_all else top,
         moments=MOMENTS[optimizer],
         checkpointing=training.gradient_checkpointing,
+        quantization=training.quantization,
     )
 
 

@@ -4,9 +4,11 @@ from typing import Final, Literal, NamedTuple
 
 from app.domain.estimates_shapes import ModelShape
 from app.domain.frozen import Frozen
+from app.domain.spec import Quantization
 
 WIDE: Final = 4  # bytes of a float32
 HALF: Final = 2
+NF4_BLOCK: Final = 64  # weights that share a float32 scale
 #: Float32 tensors of the optimiser that are as large as what is trained.
 MOMENTS: Final = {"adamw": 2, "radam": 2, "sgd": 1, "adafactor": 0}
 #: Bytes of a logit: itself, its log-probability, and the gradients of both.
@@ -40,6 +42,7 @@ class Trained(Frozen):
     top_layers: int  # decoder layers that gradients pass through
     moments: int = 2
     checkpointing: bool = False
+    quantization: Quantization = "none"  # of the frozen base
 
 
 class MicroSize(NamedTuple):
@@ -96,12 +99,19 @@ def measure_memory(
     """
     frozen = shape.num_parameters if trained.is_lora else 0
     weights = numbers.base_bytes * (frozen or shape.num_parameters)
+    if trained.quantization != "none":
+        weights = base_bytes(shape, trained.quantization, numbers)
     if trained.is_lora:
         weights += WIDE * trained.parameters
     gradients = WIDE * trained.parameters
     optimizer = WIDE * trained.moments * trained.parameters
     activations = _activations(shape, trained, numbers, micro, device)
     logits = LOGIT_BYTES * micro.supervised * shape.vocab_size
+    if (
+        trained.quantization != "none"
+    ):  # one layer's whole weight at a time, made anew for each product
+        largest = max((matrix.size for matrix in shape.matrices), default=0)
+        activations += largest * (HALF if numbers.is_mixed else WIDE)
     lasting = weights + optimizer + strategy_bytes
     head = 0 if trained.is_lora else WIDE * shape.head_size_parameters
     at_loss = activations + logits + (gradients if is_split else 0)
@@ -116,6 +126,23 @@ def measure_memory(
         strategies=strategy_bytes,
         peak=peak,
     )
+
+
+def base_bytes(shape: ModelShape, quantization: Quantization, numbers: Numbers) -> int:
+    """Bytes of the frozen base: codes and scales of its layers' matrices, all else in the run's own type.
+
+    int8: a byte each and a float32 scale for every output. nf4: half a byte each and one for every 64.
+    """
+    quantized = 0
+    for matrix in shape.matrices:
+        if quantization == "nf4":
+            scales = -(-matrix.size // NF4_BLOCK)
+            quantized += matrix.count * (-(-matrix.size // 2) + WIDE * scales)
+        elif quantization == "int8":
+            quantized += matrix.count * (matrix.size + WIDE * matrix.rows)
+        else:
+            quantized += matrix.count * matrix.size * numbers.base_bytes
+    return quantized + (shape.num_parameters - shape.matrix_parameters) * numbers.base_bytes
 
 
 def layer_activation_bytes(

@@ -10,6 +10,9 @@ from scipy.stats import norm
 from torch import nn
 
 from app.domain.configs.quadratic import EwcConfig
+from app.domain.estimates_job import find_trained
+from app.domain.estimates_memory import MicroSize, Numbers, base_bytes, measure_memory
+from app.domain.estimates_shapes import describe_shape
 from app.errors import TrainingFailed
 from tests.workers.training.runs import CPU, make_plan, make_run, same, weights
 from workers.strategies.modes import evaluating
@@ -252,3 +255,20 @@ def test_a_model_without_linear_layers_is_refused():
 
     with pytest.raises(TrainingFailed, match="no plain linear layer"):
         quantize_model(Table(3, 2), "nf4", CPU)
+
+
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+def test_the_estimate_counts_the_bytes_that_there_are(tmp_path, kind):
+    model = base_of(tmp_path, kind)
+    shape = describe_shape(
+        model.config.to_dict(),
+        {n: tuple(p.shape) for n, p in base_of(tmp_path, "none").named_parameters()},
+    )
+    assert shape is not None
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    numbers = Numbers.of(device="cpu", precision="fp32", lora=True)
+    assert base_bytes(shape, kind, numbers) == held
+    asked = make_plan(tmp_path, training={"type": "lora", "quantization": kind}).training
+    trained = find_trained(shape, asked, ())
+    memory = measure_memory(shape, trained, numbers, MicroSize(1, 8, 8))
+    assert memory.weights == held + 4 * trained.parameters
