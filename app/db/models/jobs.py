@@ -50,6 +50,14 @@ class Job(Record):
             "seq",
             postgresql_where=text("state IN ('queued', 'validating_files')"),
         ),
+        # Whether anything waits that fits so many slots. The second condition keeps it from the claim, which
+        # does not name it: with this index the claim would read the whole queue for each project.
+        Index(
+            "ix_jobs_sizes",
+            "num_gpus",
+            "queue",
+            postgresql_where=text("state = 'queued' AND num_gpus >= 0"),
+        ),
         Index(  # when a project was last given a slot
             "ix_jobs_started",
             "project_id",
