@@ -70,6 +70,8 @@ def claim_job(
     if free_slots < 1:
         return None
     repository, passed_over = QueueRepository(session), list[UUID]()
+    if not repository.has_fitting(free_slots, queues):
+        return None
     while True:
         with session.begin_nested() as attempt:
             job = repository.claim(

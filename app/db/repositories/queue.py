@@ -5,7 +5,18 @@ from datetime import timedelta
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, DateTime, Enum, and_, func, literal, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    DateTime,
+    Enum,
+    and_,
+    func,
+    literal,
+    select,
+    text,
+    true,
+    update,
+)
 from sqlalchemy.orm import Session, aliased
 
 from app.db.models import Checkpoint, File, Job, ModelVersion, Project
@@ -66,6 +77,19 @@ class QueueRepository:
             .returning(Job)
             .execution_options(populate_existing=True, synchronize_session=False)
         )
+
+    def has_fitting(self, free_slots: int, queues: Sequence[str]) -> bool:
+        """Whether any queued job fits, now or after its wait: an index answers, however long the queue is.
+
+        A claim reads the whole queue where nothing in it fits, and idle workers look often.
+        """
+        query = select(Job.id).where(
+            _is_in(Job.state, JobState.QUEUED),
+            Job.queue.in_(queues),
+            text("jobs.num_gpus >= 0"),  # word for word, so that `ix_jobs_sizes` serves
+            Job.num_gpus <= free_slots,
+        )
+        return self._session.scalar(select(query.exists())) or False
 
     def get_quotas(self, project_id: UUID, standard: Quotas, *, lock: bool = False) -> Quotas:
         """A project's quotas; `lock` has others that lock them wait until the transaction ends."""

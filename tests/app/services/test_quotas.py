@@ -160,6 +160,20 @@ class TestFairShare:
             # A thousand blocks are a millisecond; with an index over all projects it was 60 for each idle project.
             assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 1000, statistics
 
+    def test_a_worker_that_nothing_fits_learns_so_without_reading_the_queue(
+        self, committed_factory: SessionFactory
+    ):
+        with transaction(committed_factory) as session:
+            queue_many(session, make_project(session), 3000, num_gpus=8)
+        with transaction(committed_factory) as session:
+            session.execute(text("ANALYZE jobs"))
+            read = text(
+                "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'jobs'"
+            )
+            before = session.scalar(read)
+            assert claim(session) is None
+            assert session.scalar(read) - before < 100
+
 
 class TestRunningQuota:
     def test_a_project_at_its_quota_gets_nothing_and_others_do(self, session: Session):
