@@ -35,10 +35,17 @@ def metrics(sequence: int, second: float, attempt: int) -> Event:
     return line(sequence, second, step=1, values={"attempt": float(attempt)})
 
 
-def saved(second: float, step: int, *, attempt: int = 1, branch: int = 0, **rest) -> Checkpoint:
+def saved(
+    second: float, step: int, *, attempt: int = 1, branch: int = 0, is_superseded: bool = False
+) -> Checkpoint:
     point = f"a{attempt}-b{branch}-{step}"
-    fields = {"is_superseded": False, "is_deleted": False, "manifest_sha256": ""} | rest
-    return Checkpoint(point, at(second), attempt, branch, step, path=point, **fields)
+    return Checkpoint(
+        *(point, at(second), attempt, branch, step),
+        is_superseded=is_superseded,
+        is_deleted=False,
+        path=point,
+        manifest_sha256="",
+    )
 
 
 def told(sequence: int, kind: str, decision_id: str | None = None) -> Webhook:

@@ -57,7 +57,7 @@ class Nemesis:
     done: Counter[str] = field(default_factory=Counter)
     submitted: set[str] = field(default_factory=set)
     job_ids: list[UUID] = field(default_factory=list)
-    _due: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
+    _due: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random = Random(self.seed)
@@ -118,7 +118,7 @@ class Nemesis:
 
     # ---- what it does
 
-    def _faults(self) -> dict[str, tuple[Callable[[], None], int]]:
+    def _faults(self) -> dict[str, tuple[Callable[[], object], int]]:
         return {
             "kill_worker": (self._kill_worker, 2),
             "stop_worker": (self._stop_worker, 3),
@@ -251,7 +251,7 @@ class Nemesis:
         process.wait(10)
 
     def _later(self, seconds: float, act: Callable[[], object]) -> None:
-        self._due.append((time.monotonic() + seconds, act))  # type: ignore[arg-type]
+        self._due.append((time.monotonic() + seconds, act))
 
     def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds

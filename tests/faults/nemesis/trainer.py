@@ -29,6 +29,8 @@ class SignedTalk(Talk):
                 fields["metrics"] = fields["metrics"] | signed
             case "finished":
                 fields["seconds"] = fields["seconds"] | signed
+            case _:
+                pass  # nothing in it is kept
         return super().tell(kind, **fields)
 
 

@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--unfenced", action="store_true")
     options = parser.parse_args()
     if options.unfenced:
-        jobs.JobRepository.lock_leased = Unfenced.lock_leased  # type: ignore[method-assign]
-        jobs.JobRepository.beat = Unfenced.beat  # type: ignore[method-assign]
+        for name in ("lock_leased", "beat"):
+            setattr(jobs.JobRepository, name, vars(Unfenced)[name])
     command = [sys.executable, "-m", "tests.faults.nemesis.trainer", "--pace", options.pace]
     tasks._node = Node(load_settings(), Slots([Slot(0, None, None)], "cpu"), command=command)
     run_celery()
