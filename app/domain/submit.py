@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 from app.domain.auto import Job, choose_strategies
 from app.domain.configs.distillation import DistillationConfig, find_distillation_problem
 from app.domain.configs.hybrid import check_hybrid_optimizer
+from app.domain.configs.memory import MemoryConfig
 from app.domain.configs.replay import ReplayConfig
 from app.domain.levers import check_lever
 from app.domain.policy import Policy, Retention
@@ -63,17 +64,11 @@ def resolve_training(
 
     Raises:
         BadRequest: `training.max_seq_length` is above the model's context, the weights would decay twice, or
-            all of them are to be trained although they are quantised.
+            something is asked that a quantised base can't do.
     """
     asked = asked_hyperparameters(request)
     training = request.training
-    if training.quantization != "none" and training.type == "full":
-        raise BadRequest(
-            f"training.quantization: '{training.quantization}' keeps the base's weights in a form that can't"
-            " learn, so it needs training.type 'lora', whose adapters do.",
-            "training.quantization",
-            "quantization_unsupported",
-        )
+    _check_quantization(request)
     if request.retention is not None and not isinstance(request.retention.strategies, str):
         check_hybrid_optimizer(
             request.retention.strategies,
@@ -112,6 +107,31 @@ def resolve_training(
         seed=seed if request.seed is None else request.seed,
         beta=beta,
     )
+
+
+def _check_quantization(request: CreateJob) -> None:
+    """Refuses what a base in few bits can't do."""
+    training, retention = request.training, request.retention
+    if training.quantization == "none":
+        return
+    if training.type == "full":
+        raise BadRequest(
+            f"training.quantization: '{training.quantization}' keeps the base's weights in a form that can't"
+            " learn, so it needs training.type 'lora', whose adapters do.",
+            "training.quantization",
+            "quantization_unsupported",
+        )
+    if retention is None or isinstance(retention.strategies, str):
+        return
+    for place, config in enumerate(retention.strategies):
+        if isinstance(config, MemoryConfig) and config.encoder is None:
+            param = f"retention.strategies.{place}.encoder"
+            raise BadRequest(
+                f"{param}: rows would be read by the quantised base here and by the whole one where they are"
+                " looked up, so the memory needs an encoder of its own.",
+                param,
+                "quantization_unsupported",
+            )
 
 
 def asked_hyperparameters(request: CreateJob) -> Hyperparameters:

@@ -129,3 +129,19 @@ def test_a_quantised_base_is_under_adapters_alone() -> None:
         "training.quantization",
         "quantization_unsupported",
     )
+
+
+@pytest.mark.parametrize(("encoder", "is_refused"), [(None, True), ("reader", False)])
+def test_a_memory_over_a_quantised_base_has_an_encoder_of_its_own(
+    encoder: str | None, is_refused: bool
+) -> None:
+    asked = request(
+        training={"quantization": "int8"},
+        retention={"strategies": [{"type": "l2sp"}, {"type": "memory", "encoder": encoder}]},
+    )
+    if not is_refused:
+        resolve_training(asked, num_rows=10, context_length=None, seed=0)
+        return
+    with pytest.raises(BadRequest, match="an encoder of its own") as caught:
+        resolve_training(asked, num_rows=10, context_length=None, seed=0)
+    assert caught.value.param == "retention.strategies.1.encoder"
