@@ -69,7 +69,8 @@ class JobFiles:
         files = self.by_param(body)
         if self.general is not None:
             files[GENERAL_DATA] = self.general
-        return {param: file.report["format"] for param, file in files.items() if file.report}
+        reports = {param: file.report or {} for param, file in files.items()}
+        return {param: told["format"] for param, told in reports.items() if "format" in told}
 
 
 class ResolvedJob(NamedTuple):

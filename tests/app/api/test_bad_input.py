@@ -107,7 +107,7 @@ def strategies(*entries: dict[str, Any]) -> dict[str, Any]:
 
 BAD_JOBS: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "nope"}, 404, "model"),
-    ({"model": "ft:tiny:acme::0"}, 400, "model"),
+    ({"model": "ft:tiny:acme::0"}, 404, "model"),
     ({"training_file": "file-nope"}, 404, "training_file"),
     ({"training_file": "file-" + "0" * 32}, 404, "training_file"),
     ({"validation_file": "file-" + "0" * 32}, 404, "validation_file"),

@@ -321,6 +321,7 @@ def test_a_job_that_names_a_version_publishes_its_child(session, tmp_path) -> No
     spec = JobSpec.model_validate(job.spec)
     request = spec.request.model_copy(update={"model": parent.name})
     job.spec = spec.model_copy(update={"request": request}).model_dump(mode="json")
+    job.start_version_id = parent.id
     checkpoint = make_checkpoint(session, job, step=30)
     session.flush()
     report = (make_scores(deployed.benchmark, item_set="report"),)
