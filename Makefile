@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test faults nemesis fuzz up check bench board format
+.PHONY: setup demo test slow faults nemesis fuzz up check bench board format
 setup: $(STAMP)  ## create .venv with everything, ready to run
 
 $(STAMP): requirements.lock pyproject.toml
@@ -14,6 +14,9 @@ demo: setup  ## set up everything and run the main job end to end
 
 test: setup  ## set up everything and run the whole test suite
 	@bash .ci/test $(BIN)
+
+slow: setup  ## the tests that take long
+	@bash .ci/test $(BIN) -m slow
 
 faults: setup  ## the whole fault matrix, with real kills, stalls and restarts; see tests/faults/RESULTS.md
 	@bash .ci/test $(BIN) tests/faults -m "not gpu"

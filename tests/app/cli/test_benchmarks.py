@@ -22,7 +22,7 @@ def project(
     """A project of the test's transaction, which the commands then work on."""
 
     @contextmanager
-    def open_here(_settings: object):
+    def open_here(_settings: object, *, command: str):
         yield session_factory
 
     monkeypatch.setattr(sys.modules[require.__module__], "open_database", open_here)
@@ -36,7 +36,7 @@ def run(*arguments: str):
 def test_a_benchmark_is_required_listed_and_released(session: Session, project: Project) -> None:
     make_benchmark(session, name="safety")
     done = run("require", "safety", "--project", "acme", "--weight", "2", "--max-drop", "0.02")
-    assert (done.exit_code, done.stdout.strip()) == (0, "safety@1")
+    assert (done.exit_code, done.stdout.strip()) == (0, "safety@1"), done.exception
     (found,) = list_required(session, project.id)
     assert (found.weight, found.limit) == (2.0, 0.02)
     assert "safety@1" in run("required", "--project", "acme").stdout
