@@ -22,7 +22,7 @@ def project(
     """A project of the test's transaction, which the commands then work on."""
 
     @contextmanager
-    def open_here(_settings: object, *, command: str):
+    def open_here(_settings: object, *, command: str | None = None):
         yield session_factory
 
     monkeypatch.setattr(sys.modules[require.__module__], "open_database", open_here)
