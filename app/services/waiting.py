@@ -88,10 +88,11 @@ class WaitingRoom:
             return
         self._stop.clear()
         self.is_closing = False
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._run, args=(engine,), name="waiting-room", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread  # whoever stops the room finds a thread that can be joined
 
     def close(self) -> None:
         """Sends everybody home, as the server is about to stop."""

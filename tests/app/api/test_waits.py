@@ -88,6 +88,7 @@ def test_a_broken_listener_listens_again(stand: Followed) -> None:
 
 
 def test_an_application_that_nobody_started_looks_for_itself(stand: Followed) -> None:
+    listener(stand, "pid")  # started, so that it can be stopped
     stand.room.stop()
     stand.room.is_closing = False
     answer, seconds = change_after(stand, 0.0)
