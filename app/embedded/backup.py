@@ -23,11 +23,10 @@ from app.embedded.backup_manifest import (
     fetched,
     major_of,
     parts_of,
-    plain_url,
     put_artifact,
     scratch_of,
 )
-from app.embedded.dumps import DUMP, find_program, run_program
+from app.embedded.dumps import DUMP, find_program, plain_url, run_program
 from app.errors import Conflict
 from app.services.storage import Storage, StorageDamaged
 from app.settings import Settings

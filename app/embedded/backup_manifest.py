@@ -148,11 +148,6 @@ def put_artifact(place: Storage, local: Path, path: str, kind: Kind) -> None:
         place.put_directory(local, path)
 
 
-def plain_url(database_url: str) -> str:
-    """The URL as Postgres' own library reads it."""
-    return database_url.replace("postgresql+psycopg://", "postgresql://", 1)
-
-
 def major_of(connection: psycopg.Connection) -> int:
     """The server's major version."""
     return connection.info.server_version // 10_000

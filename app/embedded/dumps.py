@@ -40,6 +40,11 @@ class Program(NamedTuple):
     major: int
 
 
+def plain_url(database_url: str) -> str:
+    """The URL as Postgres' own library reads it."""
+    return database_url.replace("postgresql+psycopg://", "postgresql://", 1)
+
+
 def find_program(name: str, *, server_major: int, given: Path | None = None) -> Program:
     """The program to use on a server: the given one, else the embedded Postgres' own, else one on PATH.
 
@@ -77,7 +82,7 @@ def run_program(program: Program, database_url: str, *arguments: str) -> None:
     Raises:
         DumpFailed: It failed; the message holds what it said.
     """
-    parts = conninfo_to_dict(database_url.replace("postgresql+psycopg://", "postgresql://", 1))
+    parts = conninfo_to_dict(plain_url(database_url))
     unknown = set(parts) - set(_VARIABLES)
     if unknown:
         raise DumpFailed(

@@ -15,12 +15,11 @@ from app.embedded.backup_manifest import (
     Manifest,
     fetched,
     major_of,
-    plain_url,
     put_artifact,
     read_manifest,
     scratch_of,
 )
-from app.embedded.dumps import RESTORE, find_program, run_program
+from app.embedded.dumps import RESTORE, find_program, plain_url, run_program
 from app.embedded.schema import known_revisions, upgrade
 from app.errors import Conflict, NotFound
 from app.services.storage import Storage, StorageDamaged

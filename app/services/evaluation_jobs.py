@@ -28,15 +28,13 @@ from app.services.evaluations import (
 )
 from app.services.events import add_job_event, add_transition
 from app.services.runs import (
-    Input,
     Prepared,
-    Scratch,
     benchmark_input,
     choose_threads,
     prepare_run,
-    start_input,
     without_baselines,
 )
+from app.services.scratch import Input, Scratch, start_input
 from app.services.watched import Watched
 from app.settings import Settings
 

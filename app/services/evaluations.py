@@ -10,7 +10,7 @@ from uuid import UUID
 import numpy as np
 from sqlalchemy.orm import Session
 
-from app.db.models import BenchmarkVersion, Evaluation, Job
+from app.db.models import BaseModel, BenchmarkVersion, Evaluation, Job
 from app.db.repositories.history import HistoryRepository
 from app.domain.benchmarks import (
     BenchmarkKind,
@@ -64,6 +64,16 @@ def row_id(text: str) -> UUID:
         return UUID(text.rpartition("_")[2])
     except ValueError:
         raise BadRequest(f"'{text[:80]}' names no row.", code="unknown_id") from None
+
+
+def base_plan(base: BaseModel) -> BasePlan:
+    """A registered base model as plans name it, without a directory."""
+    return BasePlan(
+        name=base.name,
+        directory="",
+        sha256=base.sha256,
+        default_template=not base.has_chat_template,
+    )
 
 
 def baseline_key(base: BasePlan) -> str:

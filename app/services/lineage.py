@@ -13,7 +13,7 @@ from app.domain.decisions import Reading
 from app.domain.lineage import Loss, chain_losses, loss_of, measure_loss
 from app.domain.runplan import BasePlan, BenchmarkPlan
 from app.domain.sensing import SensedBenchmark
-from app.services.evaluations import baseline_key, row_id, unpack_bytes
+from app.services.evaluations import base_plan, baseline_key, row_id, unpack_bytes
 
 MAX_GENERATIONS = 64  # of parents that are followed
 
@@ -40,14 +40,7 @@ class _Scores(NamedTuple):
 
 def base_key(base: BaseModel) -> str:
     """The key of a registered base model's baselines."""
-    return baseline_key(
-        BasePlan(
-            name=base.name,
-            directory="",
-            sha256=base.sha256,
-            default_template=not base.has_chat_template,
-        )
-    )
+    return baseline_key(base_plan(base))
 
 
 def list_ledger(session: Session, models: Sequence[ModelVersion]) -> list[LedgerEntry]:

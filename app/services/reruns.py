@@ -45,7 +45,13 @@ def _name_of(session: Session, job: Job, checkpoint_id: str) -> str:
     """The model name of one of the job's checkpoints."""
     key = parse_id("checkpoint", checkpoint_id, param="from_checkpoint")
     found = session.get(Checkpoint, key)
-    if found is None or found.job_id != job.id or found.deleted_at or found.superseded:
+    if (
+        found is None
+        or found.job_id != job.id
+        or found.deleted_at
+        or found.superseded
+        or found.corrupt
+    ):
         raise NotFound(
             f"from_checkpoint: the job keeps no checkpoint '{checkpoint_id}'.",
             "from_checkpoint",

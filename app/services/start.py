@@ -18,6 +18,7 @@ from app.domain.runplan import BasePlan, LayerPlan
 from app.domain.spec import JobSpec
 from app.domain.strategies import StrategyConfig
 from app.errors import BadRequest, NotFound
+from app.services.evaluations import base_plan
 from app.services.named_models import READY, model_kind
 from app.services.registered_models import find_by_reference
 
@@ -70,6 +71,10 @@ def find_start(session: Session, project_id: UUID, name: str) -> Start:
         version = RegistryRepository(session).get(project_id, name)
     else:
         raise NotFound(f"model: no base model is called '{name[:80]}'.", "model", "model_not_found")
+    # Whoever deletes it waits for this transaction, and then finds that a job starts from it.
+    session.refresh(version, with_for_update={"read": True})
+    if version.deleted_at is not None:
+        raise NotFound(f"model: '{name[:200]}' was deleted.", "model", "model_not_found")
     if version.status != READY:
         raise _unfit(f"is {version.status}", name)
     _check_adapters(session.get_one(Job, version.job_id), name)
@@ -102,6 +107,7 @@ def start_of(session: Session, job: Job) -> Start:
         None
         if job.start_checkpoint_id is None
         else session.get_one(Checkpoint, job.start_checkpoint_id),
+        job.spec.get("start"),
     )
 
 
@@ -116,12 +122,7 @@ def plan_start(
     """A start and the parts of it, in one order: the weights, then a part for each layer; directories are empty."""
     if checkpoint is not None:
         return _plan_checkpoint(session, checkpoint, depth)
-    plan = BasePlan(
-        name=base.name,
-        directory="",
-        sha256=base.sha256,
-        default_template=not base.has_chat_template,
-    )
+    plan = base_plan(base)
     own = StoredPart(base.path, base.sha256, None)
     if version is None:
         return plan, (own,)
@@ -181,7 +182,9 @@ def _from_checkpoint(
     if _domain_adapters(job)[0] is not None:
         raise _unfit("was saved with adapters of its own for its domains", name)
     source = start_of(session, job)
-    return Start(source.base, source.version, checkpoint, name)
+    start = Start(source.base, source.version, checkpoint, name)
+    start.plan(session)  # refuses what lies over something that is gone
+    return start
 
 
 def _job_called(session: Session, project_id: UUID, version_name: str) -> Job | None:

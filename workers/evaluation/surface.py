@@ -5,7 +5,6 @@ import hashlib
 import json
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from app.domain.runplan import RowsPlan
 from app.errors import RetainError
 from workers.data.tokens import TokenStore, load_tokens
+from workers.evaluation.adapters import load_adapter
 from workers.evaluation.contours import draw_surfaces
 from workers.evaluation.landscape import (
     Axes,
@@ -121,12 +121,8 @@ def load_model(directory: Path, base: Path) -> nn.Module:
     }
     model: Any = AutoModelForCausalLM.from_pretrained(base if is_adapter else directory, **options)
     if is_adapter:
-        import peft
-
-        with warnings.catch_warnings():
-            # peft still asks under a name that transformers has renamed
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-            model = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
+        wrapped: Any = load_adapter(model, directory)
+        model = wrapped.merge_and_unload()
     loaded: nn.Module = model
     return loaded.eval()
 

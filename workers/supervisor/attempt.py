@@ -16,7 +16,8 @@ from app.domain.runplan import RunPlan
 from app.domain.states import JobState, StopRequest
 from app.errors import Fenced, NotFound, TrainingFailed, Unavailable
 from app.services.evaluation_jobs import prepare_attempt
-from app.services.runs import Prepared, Scratch
+from app.services.runs import Prepared
+from app.services.scratch import Scratch
 from app.services.storage import Storage
 from app.settings import Settings
 from workers.supervisor.channel import BrokenTalk, Channel

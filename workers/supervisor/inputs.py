@@ -7,7 +7,7 @@ from pathlib import Path
 
 from app.domain.digests import file_sha256
 from app.errors import Unavailable
-from app.services.runs import Input, SavedState
+from app.services.scratch import Input, SavedState
 from app.services.storage import Storage
 
 MANIFEST = "manifest.json"

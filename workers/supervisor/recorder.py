@@ -43,7 +43,8 @@ from app.services.checkpoints import (
 )
 from app.services.evaluation_jobs import finish_evaluation
 from app.services.monitoring import record_baseline
-from app.services.runs import SavedState, Scratch, find_state
+from app.services.runs import find_state
+from app.services.scratch import SavedState, Scratch
 from app.services.storage import Storage
 from app.settings import Settings
 from workers.supervisor.inputs import CheckpointDamaged, fetch_state

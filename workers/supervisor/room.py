@@ -3,7 +3,7 @@
 from functools import partial
 
 from app.services import engine
-from app.services.runs import Scratch
+from app.services.scratch import Scratch
 from workers.supervisor.ledger import Ledger
 
 MISSES_BEFORE_PAUSE = 2

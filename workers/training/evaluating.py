@@ -1,7 +1,6 @@
 """An evaluation job: a published version scored on the report items, and its base where that was never done."""
 
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from app.domain.benchmarks import DEFAULT_GATE_ITEMS, BenchmarkScores
 from app.domain.messages import EvaluationFinished
 from app.domain.runplan import EvaluationPlan
 from app.errors import TrainingFailed
+from workers.evaluation.adapters import load_adapter
 from workers.export.artifact import load_provenance
 from workers.export.bottleneck import CONFIG_FILE, load_bottlenecks
 from workers.training.conversation import Conversation
@@ -68,13 +68,7 @@ def load_version(plan: EvaluationPlan, device: torch.device) -> nn.Module:
     base = load_base(plan.base, device, torch.float32)
     if (directory / CONFIG_FILE).exists():
         return load_bottlenecks(base, directory).to(device).eval()
-    import peft
-
-    with warnings.catch_warnings():
-        # peft still asks under a name that transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        model: nn.Module = peft.PeftModel.from_pretrained(base, str(directory))
-    return model.to(device).eval()
+    return load_adapter(base, directory).to(device).eval()
 
 
 def _measure_base(

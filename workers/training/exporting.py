@@ -115,9 +115,8 @@ def write_artifact(
     kind = artifact_kind(plan)
 
     def beside(partial: Path) -> None:
-        if (
-            kind == "adapter" and plan.base.layers
-        ):  # which lie in the weights that the run started from
+        # The layers lie in the weights that the run started from, and not in the registered base's.
+        if kind == "adapter" and plan.base.layers:
             join_adapters(partial, [Path(layer.directory) for layer in plan.base.layers])
         if extras is not None:
             extras(partial)

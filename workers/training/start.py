@@ -1,13 +1,13 @@
 """The starting model of a job that goes on from a version or a checkpoint, written out as one model."""
 
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from app.domain.runplan import BasePlan, LayerPlan
+from workers.evaluation.adapters import load_adapter
 from workers.export.adapter_files import write_adapter
 from workers.export.merge import active_adapters, merge_adapter
 from workers.training.adapters import adapt
@@ -67,10 +67,4 @@ def _over(model: nn.Module, layer: LayerPlan) -> nn.Module:
         wrapped = adapt(model, layer.training, (), ())
         set_weights(wrapped, Path(layer.directory))
         return wrapped
-    import peft
-
-    with warnings.catch_warnings():
-        # peft still asks under a name that transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        tuned: nn.Module = peft.PeftModel.from_pretrained(model, layer.directory)
-    return tuned
+    return load_adapter(model, Path(layer.directory))

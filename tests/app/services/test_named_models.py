@@ -19,7 +19,8 @@ from app.domain.states import JobState
 from app.errors import BadRequest, Conflict, NotFound, TrainingFailed
 from app.services.models import add_model, add_other_model
 from app.services.named_models import check_named_models, list_stored_models, model_kind
-from app.services.runs import Scratch, build_run_plan
+from app.services.runs import build_run_plan
+from app.services.scratch import Scratch
 from app.services.storage import Storage
 from app.settings import Settings
 from tests.app.services.test_jobs import Stand

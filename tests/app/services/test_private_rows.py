@@ -9,7 +9,8 @@ from app.db.models import File, Job
 from app.domain.policy import Retention
 from app.domain.runplan import RunPlan
 from app.domain.states import JobState
-from app.services.runs import Prepared, Scratch, build_run_plan
+from app.services.runs import Prepared, build_run_plan
+from app.services.scratch import Scratch
 from app.settings import Settings
 from tests.factories import make_file, make_job, make_project, make_spec
 

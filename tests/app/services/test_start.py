@@ -13,8 +13,10 @@ from app.domain.runplan import RunPlan
 from app.domain.spec import JobSpec
 from app.domain.states import CheckpointStatus, JobState
 from app.errors import BadRequest, NotFound, TrainingFailed
-from app.services.runs import Scratch, build_run_plan
+from app.services.runs import build_run_plan
+from app.services.scratch import Scratch
 from app.services.start import find_start, start_of
+from app.services.submission import settle_validation
 from app.settings import Settings
 from tests.app.domain.test_compensation import SETTINGS
 from tests.app.services.test_jobs import Stand
@@ -86,6 +88,28 @@ def test_an_alias_means_what_it_meant_when_the_job_was_submitted(stand: Stand) -
     assert plan_compensation(spec, {}, SETTINGS).request.model == first.name
     assert stand.submit(model="bot@production").start_version_id == second.id
     assert stand.submit(model="bot@1").start_version_id == first.id
+
+
+def test_a_job_that_waited_for_its_file_still_knows_its_start(stand: Stand) -> None:
+    version = make_model_version(stand.session, finished(stand))
+    stand.file.status, stand.file.report = "uploaded", None
+    job = stand.submit(model=version.name)
+    stand.file.status, stand.file.report = "processed", {"format": "chat", "num_rows": 12}
+    stand.session.flush()
+    assert settle_validation(stand.session, job)
+    assert (job.state, job.spec["start"]) == (JobState.QUEUED, version.name)
+
+
+def test_a_checkpoint_over_something_that_is_gone_is_refused_at_submit(stand: Stand) -> None:
+    below = make_checkpoint(stand.session, finished(stand), manifest_sha256="3" * 64)
+    job = finished(stand, start_checkpoint_id=below.id)
+    saved = make_checkpoint(stand.session, job)
+    name = model_version_name(stand.base.name, stand.project.name, job.suffix, job.id)
+    below.corrupt = True
+    stand.session.flush()
+    with pytest.raises(NotFound, match="gone") as told:
+        stand.submit(model=checkpoint_name(name, saved.step), retention=None)
+    assert told.value.param == "model"
 
 
 def test_a_checkpoint_goes_by_both_names_of_its_job(stand: Stand) -> None:

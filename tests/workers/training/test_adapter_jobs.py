@@ -1,12 +1,10 @@
 """Jobs with one adapter a stage in the real trainer: left and resumed, merged, published, exported again."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 
 from app.domain.configs.adapters import DomainAdaptersConfig
@@ -15,6 +13,7 @@ from app.domain.runplan import ExportPlan, StagePlan
 from tests.workers.training.rows import make_supervisor, write_rows
 from tests.workers.training.runs import CPU, make_plan, make_training, same
 from tests.workers.training.supervised import stop
+from workers.evaluation.adapters import load_adapter
 from workers.export.artifact import load_provenance
 from workers.export.bottleneck import load_bottlenecks
 from workers.training.models import load_base
@@ -49,9 +48,7 @@ def logits(model):
 
 
 def load_peft(directory):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        return PeftModel.from_pretrained(base_model(), directory).eval()
+    return load_adapter(base_model(), directory).eval()
 
 
 def export_job(supervisor, config, scratch, alpha):

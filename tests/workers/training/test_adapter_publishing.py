@@ -1,13 +1,11 @@
 """Runs with one adapter a stage are merged, published, loaded again and routed to."""
 
 import json
-import warnings
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 
 from tests.tiny import make_tokenizer
 from tests.workers.training.runs import CPU, ListRows, make_plan, make_run
@@ -18,6 +16,7 @@ from tests.workers.training.staged import (
     make_staged_plan,
     make_staged_run,
 )
+from workers.evaluation.adapters import load_adapter
 from workers.evaluation.routing import Router, base_representations, load_router
 from workers.export.bottleneck import BottleneckModel, load_bottlenecks
 from workers.export.merge import active_adapters, adapted_layers, adapter_change
@@ -80,9 +79,7 @@ def test_a_merged_job_is_measured_and_published_as_one_adapter(tmp_path, merge):
 
 
 def load_peft(directory):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        return PeftModel.from_pretrained(base_model(), directory).eval()
+    return load_adapter(base_model(), directory).eval()
 
 
 def test_merging_again_gives_the_same(tmp_path):

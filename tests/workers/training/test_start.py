@@ -1,18 +1,17 @@
 """A job that goes on from a version or a checkpoint: its starting model, and what it publishes."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 
 from app.domain.runplan import BasePlan, LayerPlan
 from app.domain.spec import LoraConfig
 from app.errors import TrainingFailed
 from tests.tiny import make_tokenizer
 from tests.workers.training.runs import CPU, make_plan, make_run, tiny_base
+from workers.evaluation.adapters import load_adapter
 from workers.export.adapter_files import join_adapters
 from workers.training.checkpoints import save_checkpoint
 from workers.training.exporting import artifact_kind, write_artifact
@@ -51,11 +50,9 @@ def publish(plan, run, directory):
     return directory
 
 
-def load_adapter(directory):
+def load_published(directory):
     base = load_base(make_plan("unused").base, CPU, torch.float32)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        return PeftModel.from_pretrained(base, directory)
+    return load_adapter(base, directory)
 
 
 def start_plan(*layers, **changes):
@@ -102,7 +99,7 @@ def test_what_it_publishes_is_one_adapter_of_the_registered_base(tmp_path, first
     second = publish(plan, run, tmp_path / "second")
     config = json.loads((second / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (7, 7)
-    torch.testing.assert_close(logits(load_adapter(second)), told, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(load_published(second)), told, rtol=1e-4, atol=1e-5)
     provenance = json.loads((second / "retain.json").read_text())
     assert provenance["base_sha256"] == ROOT
     # and a third job goes on from there
@@ -127,7 +124,7 @@ def test_a_job_starts_from_a_checkpoint(tmp_path, kind):
     told = logits(on.model)
     artifact = publish(again, on, tmp_path / "artifact")
     if kind == "lora":
-        torch.testing.assert_close(logits(load_adapter(artifact)), told, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(load_published(artifact)), told, rtol=1e-4, atol=1e-5)
     else:
         assert artifact_kind(again) == "full"
         own = base.model_copy(update={"directory": str(artifact)})
