@@ -20,9 +20,7 @@ class CreateBenchmark(Frozen):
     limit: int | None = Field(
         default=None, ge=2, le=5_000_000
     )  # so many items are drawn, each subject in proportion; None: all
-    seed: int | None = Field(
-        default=None, strict=True, ge=0, le=2_147_483_647
-    )  # of the draw; None: 0
+    seed: int | None = Field(default=None, ge=0, le=2_147_483_647)  # of the draw; None: 0
     source: str | None = Field(default=None, min_length=1, max_length=1024)  # where they come from
 
 

@@ -129,7 +129,7 @@ class CreateJob(Frozen):
     suffix: str | None = Field(
         default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$"
     )
-    seed: int | None = Field(default=None, strict=True, ge=0, le=2_147_483_647)
+    seed: int | None = Field(default=None, ge=0, le=2_147_483_647)
     metadata: (
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None
     ) = Field(default=None, max_length=16)
@@ -139,7 +139,7 @@ class CreateJob(Frozen):
     stages: tuple[Stage, ...] = Field(default=(), max_length=32)
     preset: Literal["roadmap"] | None = None  # stages that are written out at submit
     resources: Resources = Resources()
-    priority: int = Field(default=0, strict=True, ge=-100, le=100)
+    priority: int = Field(default=0, ge=-100, le=100)
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -108,6 +108,15 @@ def strategies(*entries: dict[str, Any]) -> dict[str, Any]:
 BAD_JOBS: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "nope"}, 404, "model"),
     ({"model": "ft:tiny:acme::0"}, 404, "model"),
+    ({"seed": True}, 400, "seed"),
+    ({"priority": "1"}, 400, "priority"),
+    ({"training": {"lora": {"r": False}}}, 400, "training.lora.r"),
+    ({"hyperparameters": {"n_epochs": True}}, 400, "hyperparameters.n_epochs"),
+    (
+        {"retention": {"strategies": [{"type": "ewc", "strength": True}]}},
+        400,
+        "retention.strategies.0.strength",
+    ),
     ({"training_file": "file-nope"}, 404, "training_file"),
     ({"training_file": "file-" + "0" * 32}, 404, "training_file"),
     ({"validation_file": "file-" + "0" * 32}, 404, "validation_file"),
