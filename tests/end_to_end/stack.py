@@ -20,13 +20,19 @@ from app.db.models import Checkpoint, DecisionRow, File, Job, JobEvent, ModelVer
 from app.db.repositories.jobs import JobRepository
 from app.db.session import SessionFactory, build_engine, build_session_factory, transaction
 from app.domain.benchmarks import Scorer
+from app.domain.configs.quadratic import L2SpConfig
+from app.domain.policy import EarlyStopping, Ladder, Policy, WatchedBenchmark
+from app.domain.scopes import DEFAULT_SCOPES
 from app.domain.spec import JobSpec
 from app.domain.states import JobState
+from app.domain.strategies import StrategyConfig
 from app.embedded import Endpoints
+from app.services.keys import create_key
 from app.services.storage import Storage
 from app.settings import Settings
 from tests.databases import clone_database, drop_database
-from tests.factories import make_job, make_project
+from tests.factories import make_job, make_project, make_spec, make_training
+from tests.serving import serving
 from tests.stored import store_base_model, store_benchmark, store_file
 from tests.tiny import make_tiny_model
 
@@ -181,6 +187,51 @@ def running_stack(servers: Endpoints, template_url: str, root: Path) -> Iterator
         stack.stop()
         engine.dispose()
         drop_database(database)
+
+
+@contextmanager
+def served(stack: Stack) -> Iterator[tuple[str, str]]:
+    """The API over a stack: its address and a key of the stack's project."""
+    with transaction(stack.factory) as session:
+        key = create_key(
+            session, project_id=stack.ids["project"], name="k", scopes=DEFAULT_SCOPES
+        ).text
+    with serving(stack.settings, stack.factory) as url:
+        yield url, key
+
+
+def forgetting(
+    benchmark: str, *more: StrategyConfig, total_steps: int, interval: int, saved_every: int
+) -> JobSpec:
+    """A job that forgets at once, is rolled back with more strength, and then holds.
+
+    Args:
+        benchmark: That is watched.
+        more: Strategies beside its own.
+        total_steps: Of training.
+        interval: Steps from one evaluation to the next.
+        saved_every: Steps from one checkpoint to the next.
+    """
+    policy = Policy(
+        benchmarks=(WatchedBenchmark(name=benchmark),),
+        eval_interval=interval,
+        gate_items=20,
+        ladder=Ladder(
+            repair=False, rollback_strength_factor=1000.0, rollback_learning_rate_factor=0.01
+        ),
+        early_stopping=EarlyStopping(enabled=False),
+    )
+    training = make_training(
+        total_steps=total_steps,
+        learning_rate=1e-2,
+        batch_size=16,
+        max_seq_length=128,
+        max_tokens_per_micro_batch=2048,
+        checkpoint_interval=saved_every,
+    )
+    return make_spec(
+        training=training, strategies=(L2SpConfig(strength=0.01), *more), policy=policy
+    )
 
 
 def fill(factory: SessionFactory, storage: Storage, root: Path) -> tuple[dict[str, UUID], str]:

@@ -24,16 +24,13 @@ from app.db.models import (
     Worker,
 )
 from app.db.session import transaction
-from app.domain.configs.quadratic import L2SpConfig
-from app.domain.policy import EarlyStopping, Ladder, Policy, WatchedBenchmark
 from app.domain.requests import PublishPoint
 from app.domain.states import JobState
 from app.embedded import Endpoints
 from app.services.control import request_cancel, request_pause, resume_job
 from app.services.registry import publish_point
 from app.services.storage import Storage
-from tests.end_to_end.stack import Stack, running_stack, trainers
-from tests.factories import make_spec, make_training
+from tests.end_to_end.stack import Stack, forgetting, running_stack, trainers
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL = 10  # steps between evaluations
@@ -52,24 +49,12 @@ def stack(
 
 
 def submit(stack: Stack) -> UUID:
-    policy = Policy(
-        benchmarks=(WatchedBenchmark(name=stack.benchmark),),
-        eval_interval=INTERVAL,
-        gate_items=20,
-        ladder=Ladder(
-            repair=False, rollback_strength_factor=1000.0, rollback_learning_rate_factor=0.01
-        ),
-        early_stopping=EarlyStopping(enabled=False),
-    )
-    training = make_training(
+    spec = forgetting(
+        stack.benchmark,
         total_steps=TOTAL_STEPS,
-        learning_rate=1e-2,
-        batch_size=16,
-        max_seq_length=128,
-        max_tokens_per_micro_batch=2048,
-        checkpoint_interval=SAVED_EVERY,
+        interval=INTERVAL,
+        saved_every=SAVED_EVERY,
     )
-    spec = make_spec(training=training, strategies=(L2SpConfig(strength=0.01),), policy=policy)
     return stack.submit(spec)
 
 

@@ -11,11 +11,8 @@ import pytest
 from app.db.models import BaseModel
 from app.db.session import transaction
 from app.domain.identifiers import parse_id, public_id
-from app.domain.scopes import DEFAULT_SCOPES
 from app.embedded import Endpoints
-from app.services.keys import create_key
-from tests.end_to_end.stack import Stack, running_stack, trainers
-from tests.serving import serving
+from tests.end_to_end.stack import Stack, running_stack, served, trainers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -43,11 +40,8 @@ def pairs(count: int, word: str) -> bytes:
 
 def test_a_client_tunes_on_pairs_and_gets_a_model(stack: Stack) -> None:
     with transaction(stack.factory) as session:
-        key = create_key(
-            session, project_id=stack.ids["project"], name="k", scopes=DEFAULT_SCOPES
-        ).text
         base = session.get_one(BaseModel, stack.ids["base"]).name
-    with serving(stack.settings, stack.factory) as url:
+    with served(stack) as (url, key):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
         files = [
             client.files.create(file=(f"{word}.jsonl", pairs(count, word)), purpose="fine-tune").id

@@ -13,11 +13,8 @@ from sqlalchemy import select
 from app.db.models import BaseModel, Evaluation, ModelVersion
 from app.db.session import transaction
 from app.domain.identifiers import parse_id, public_id
-from app.domain.scopes import DEFAULT_SCOPES
 from app.embedded import Endpoints
-from app.services.keys import create_key
-from tests.end_to_end.stack import Stack, running_stack, trainers
-from tests.serving import serving
+from tests.end_to_end.stack import Stack, running_stack, served, trainers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -32,8 +29,6 @@ def stack(
 
 def test_a_quantised_job_ends_in_a_model_though_its_trainer_is_killed(stack: Stack) -> None:
     with transaction(stack.factory) as session:
-        project = stack.ids["project"]
-        key = create_key(session, project_id=project, name="k", scopes=DEFAULT_SCOPES).text
         base = session.get_one(BaseModel, stack.ids["base"])
         name, digest = base.name, base.sha256
     body = {
@@ -59,10 +54,11 @@ def test_a_quantised_job_ends_in_a_model_though_its_trainer_is_killed(stack: Sta
             },
         },
     }
-    head = {"authorization": f"Bearer {key}"}
     with (
-        serving(stack.settings, stack.factory) as url,
-        httpx.Client(base_url=f"{url}/v1", headers=head, timeout=30) as client,
+        served(stack) as (url, key),
+        httpx.Client(
+            base_url=f"{url}/v1", headers={"authorization": f"Bearer {key}"}, timeout=30
+        ) as client,
     ):
         refused = client.post(
             "/fine_tuning/jobs", json=body | {"training": {"type": "full", "quantization": "nf4"}}

@@ -10,12 +10,9 @@ import pytest
 from app.db.models import BaseModel, Job, ModelVersion
 from app.db.session import transaction
 from app.domain.identifiers import parse_id, public_id
-from app.domain.scopes import DEFAULT_SCOPES
 from app.embedded import Endpoints
-from app.services.keys import create_key
 from app.services.storage import Storage
-from tests.end_to_end.stack import Stack, running_stack
-from tests.serving import serving
+from tests.end_to_end.stack import Stack, running_stack, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -30,9 +27,8 @@ def stack(
 
 def test_jobs_go_on_from_a_model_from_a_checkpoint_and_again(stack: Stack) -> None:
     with transaction(stack.factory) as session:
-        project, base = stack.ids["project"], session.get_one(BaseModel, stack.ids["base"])
-        key = create_key(session, project_id=project, name="k", scopes=DEFAULT_SCOPES).text
-    with serving(stack.settings, stack.factory) as url:
+        base = session.get_one(BaseModel, stack.ids["base"])
+    with served(stack) as (url, key):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
         def tune(model: str, kind: str = "lora") -> Any:

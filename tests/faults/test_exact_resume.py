@@ -12,12 +12,9 @@ from uuid import UUID
 import pytest
 
 from app.db.models import Checkpoint, DecisionRow, JobEvent
-from app.domain.configs.quadratic import L2SpConfig
 from app.domain.configs.replay import ReplayConfig
-from app.domain.policy import EarlyStopping, Ladder, Policy, WatchedBenchmark
 from app.embedded import Endpoints
-from tests.end_to_end.stack import Stack, running_stack, trainers
-from tests.factories import make_spec, make_training
+from tests.end_to_end.stack import Stack, forgetting, running_stack, trainers
 from tests.faults.fleet import measured
 
 TOTAL_STEPS, INTERVAL, SAVED_EVERY = 40, 10, 4
@@ -41,25 +38,14 @@ def stack(
 
 def submit(stack: Stack) -> UUID:
     """Forgets at once, is rolled back with more strength, then holds; replayed rows beside its own all along."""
-    policy = Policy(
-        benchmarks=(WatchedBenchmark(name=stack.benchmark),),
-        eval_interval=INTERVAL,
-        gate_items=20,
-        ladder=Ladder(
-            repair=False, rollback_strength_factor=1000.0, rollback_learning_rate_factor=0.01
-        ),
-        early_stopping=EarlyStopping(enabled=False),
-    )
-    training = make_training(
+    spec = forgetting(
+        stack.benchmark,
+        ReplayConfig(strength=0.1),
         total_steps=TOTAL_STEPS,
-        learning_rate=1e-2,
-        batch_size=16,
-        max_seq_length=128,
-        max_tokens_per_micro_batch=2048,
-        checkpoint_interval=SAVED_EVERY,
+        interval=INTERVAL,
+        saved_every=SAVED_EVERY,
     )
-    strategies = (L2SpConfig(strength=0.01), ReplayConfig(strength=0.1))
-    return stack.submit(make_spec(training=training, strategies=strategies, policy=policy))
+    return stack.submit(spec)
 
 
 def told(stack: Stack, job_id: UUID) -> list[tuple[Any, ...]]:
