@@ -1,9 +1,10 @@
 """Registered models and their aliases: what is asked for, what the gate lets through, where a rollback goes."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Final, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from app.domain.frozen import Frozen
 
@@ -12,12 +13,26 @@ ALIAS: Final = (
     r"^[A-Za-z][A-Za-z0-9._-]{0,63}$"  # begins with a letter: `name@3` is a version's number
 )
 
+DIGITS: Final = r"[1-9][0-9]{0,14}"
+
 Gate = Literal["held", "unproven"]
 Move = Literal["promote", "rollback", "regression_rollback", "delete"]
 ROLLBACKS: Final = frozenset({"rollback", "regression_rollback"})
 
+
+def _number_of(value: object) -> object:
+    """Other registries write a version's number as text, so both are taken."""
+    is_number = isinstance(value, str) and re.fullmatch(DIGITS, value) is not None
+    return int(str(value)) if is_number else value
+
+
 Reason = Annotated[str, Field(min_length=1, max_length=2000)]
-VersionNumber = Annotated[int, Field(ge=1, le=2**53)]
+
+_Number = Annotated[int, Field(ge=1, le=2**53)]
+_Digits = Annotated[str, Field(pattern=f"^{DIGITS}$")]
+VersionNumber = Annotated[
+    _Number, BeforeValidator(_number_of, json_schema_input_type=_Number | _Digits)
+]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),

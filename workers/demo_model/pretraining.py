@@ -182,7 +182,7 @@ def save(model: Any, tokenizer: Any, directory: Path) -> None:  # noqa: ANN401
     from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # one small file: its bar is noise between the lines of the training
+    disable_progress_bar()  # type: ignore[no-untyped-call] # one small file: its bar is noise between the lines of the training
     config: Any = GenerationConfig
     model.generation_config = config(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
